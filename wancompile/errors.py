@@ -1,0 +1,56 @@
+"""The few kinds of error a user can meet; each names the site, the source line, the pass, the reason."""
+
+from __future__ import annotations
+
+
+class WancompileError(Exception):
+    """Base of every error raised on purpose.
+
+    The message is one sentence with the reason, followed by one line for each thing that is known:
+    the `site` (module path and call index), the `source` line of the model that made the node, and
+    the `pass_name` that refused.
+    """
+
+    def __init__(
+        self,
+        reason: str,
+        *,
+        site: str | None = None,
+        source: str | None = None,
+        pass_name: str | None = None,
+    ) -> None:
+        self.reason = reason
+        self.site = site
+        self.source = source
+        self.pass_name = pass_name
+        known = (("site", site), ("source", source), ("pass", pass_name))
+        lines = [f"  {label}: {value}" for label, value in known if value]
+        super().__init__("\n".join([reason, *lines]))
+
+
+class InputError(WancompileError):
+    """A call, an example or a calibration sample does not fit the model's forward."""
+
+
+class ExportError(WancompileError):
+    """torch.export could not capture the model, or made a dimension static that must not be."""
+
+
+class LevelError(WancompileError):
+    """A graph breaks the invariants of its level (an unknown op, a missing value, a lost linear)."""
+
+
+class DetectionError(WancompileError):
+    """The graph holds no attention, so there is nothing this compiler knows how to prove."""
+
+
+class RecipeError(WancompileError):
+    """A recipe is malformed, or one of its rules matches nothing."""
+
+
+class CalibrationError(WancompileError):
+    """Calibration data is empty, or it drove a NaN or an infinity through the model."""
+
+
+class NumericsError(WancompileError):
+    """A weight holds NaN or infinity, or a rewrite that must be exact changed the output."""
