@@ -1,0 +1,37 @@
+"""The rewrites, one file each, and the order in which they run."""
+
+from __future__ import annotations
+
+from wancompile.passes.canonicalize import Canonicalize
+from wancompile.passes.choose_folds import ChooseFolds
+from wancompile.passes.detect_attention import DetectAttention
+from wancompile.passes.detect_mlp import DetectMlp
+from wancompile.passes.drop_noops import DropNoops
+from wancompile.passes.name_sites import NameSites
+from wancompile.passes.raise_attention import RaiseAttention
+from wancompile.passes.raise_einsum import RaiseEinsum
+from wancompile.passes.raise_gelu import RaiseGelu
+from wancompile.passes.raise_linear import RaiseLinear
+from wancompile.passes.raise_norms import RaiseNorms
+from wancompile.passes.raise_stores import RaiseStores
+from wancompile.passes.resolve_slices import ResolveSlices
+from wancompile.passes.share_common import ShareCommon
+from wancompile.pipeline import Pass
+
+# EXPORTED -> NORMAL: one spelling for everything, then who feeds whom.
+NORMALIZE: tuple[Pass, ...] = (
+    DropNoops(),
+    Canonicalize(),
+    RaiseStores(),
+    RaiseEinsum(),
+    RaiseLinear(),
+    ResolveSlices(),
+    ShareCommon(),
+    RaiseNorms(),
+    RaiseGelu(),
+    RaiseAttention(),
+    NameSites(),
+    DetectAttention(),
+    DetectMlp(),
+    ChooseFolds(),
+)

@@ -1,0 +1,212 @@
+"""Find the projections of every attention, and the group each belongs to, from the dataflow.
+
+Law: linears that read one value can share one smooth scale and one quantised input; linears that
+read different values cannot. What feeds the q, k and v operands of an attention, walking back over
+norms, rotations and reshapes, is its projections, whatever they are called:
+
+    q, k, v read one value                 -> self-attention, one group  attn_qkv_proj
+    k, v read one value, q another         -> cross-attention, groups    attn_q_proj and attn_kv_proj
+    two cross-attentions share one q       -> the one over image states is    attn_add_kv_proj
+    the linear that reads the output(s)    ->                            attn_out_proj
+
+Image states are told from text states by their encoder: vision features are normalised on their
+way to the projections, text features are not; where that does not decide, the branch that is added
+second to the sum of both outputs is the added one.
+
+Nothing is rewritten; the graph before is the graph after.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch.fx import Node
+
+from wancompile.errors import DetectionError
+from wancompile.ir import match
+from wancompile.ir.dataflow import linears_behind
+from wancompile.ir.edit import Draft
+from wancompile.ir.levels import Level
+from wancompile.ir.site import Attention, Group, Role, Site, Source
+from wancompile.passes import sources
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class _Read:
+    """An attention and the linears that its operands come from."""
+
+    node: Node
+    q: Node
+    k: Node
+    v: Node
+
+    @property
+    def is_self(self) -> bool:
+        return self.q.args[0] is self.k.args[0] is self.v.args[0]
+
+
+@dataclass(frozen=True)
+class DetectAttention:
+    """Group the projections around attentions."""
+
+    name: ClassVar[str] = "detect_attention"
+    needs: ClassVar[Level] = Level.EXPORTED
+    gives: ClassVar[Level] = Level.EXPORTED
+    exact: ClassVar[bool] = True
+
+    def apply(self, draft: Draft) -> None:
+        """Read every attention, then group those that share a query."""
+        reads = [read for node in match.nodes_of(draft.graph, *_ATTENTIONS) if (read := _read(draft, node))]
+        if not reads:
+            raise DetectionError(
+                "the model holds no attention whose projections can be proved, "
+                "so there is nothing to quantize"
+            )
+        groups: list[Group] = []
+        for cluster in _clusters(reads):
+            groups += _groups_of(draft, cluster)
+        draft.groups = tuple(_drop_repeats(groups))
+        draft.attentions = tuple(_attention(read) for read in reads)
+
+
+_ATTENTIONS = (aten.scaled_dot_product_attention.default,)
+
+
+def _read(draft: Draft, node: Node) -> _Read | None:
+    operands = dict(zip("qkv", node.args[:3], strict=True))
+    found = {}
+    for name, operand in operands.items():
+        linears = linears_behind(operand)  # type: ignore[arg-type]
+        if len(linears) != 1:
+            draft.skip(node, f"{name} comes from {len(linears)} linears, not from one", node)
+            return None
+        found[name] = linears[0]
+    return _Read(node, **found)
+
+
+def _attention(read: _Read) -> Attention:
+    q, k, v = (_site(linear) for linear in (read.q, read.k, read.v))
+    return Attention(_site(read.node), q, k, v, read.is_self)
+
+
+def _clusters(reads: Iterable[_Read]) -> list[list[_Read]]:
+    """Put attentions with the same query projection together, in execution order."""
+    clusters: dict[Node, list[_Read]] = {}
+    for read in reads:
+        clusters.setdefault(read.q, []).append(read)
+    return list(clusters.values())
+
+
+def _groups_of(draft: Draft, cluster: Sequence[_Read]) -> list[Group]:
+    first = cluster[0]
+    if first.is_self:
+        groups = [_group(Role.ATTN_QKV, (first.q, first.k, first.v), sources.of_stream(first.q))]
+    else:
+        groups = [_group(Role.ATTN_Q, (first.q,), sources.of_stream(first.q))]
+        groups += _encoder_groups(draft, cluster)
+    return groups + _output_groups(draft, cluster)
+
+
+def _encoder_groups(draft: Draft, cluster: Sequence[_Read]) -> list[Group]:
+    readable = []
+    for read in cluster:
+        if read.k.args[0] is read.v.args[0]:
+            readable.append(read)
+        else:
+            draft.skip(read.node, "k and v are projected from different values", read.node)
+    if len(readable) > 2:
+        draft.skip(readable[0].node, f"{len(readable)} attentions share one query", None)
+        return []
+    if len(readable) == 2:
+        text, image = _text_and_image(readable[0], readable[1])
+        return [
+            _group(Role.ATTN_KV, (text.k, text.v), Source.TEXT),
+            _group(Role.ATTN_ADD_KV, (image.k, image.v), Source.IMAGE),
+        ]
+    return [_group(Role.ATTN_KV, (read.k, read.v), Source.TEXT) for read in readable]
+
+
+def _text_and_image(a: _Read, b: _Read) -> tuple[_Read, _Read]:
+    a_normed, b_normed = (sources.is_normalised(read.k.args[0]) for read in (a, b))
+    if a_normed != b_normed:
+        return (b, a) if a_normed else (a, b)
+    total = _sum_of(a.node, b.node)
+    if total is not None and b.node in _behind(total.args[0]):
+        return b, a
+    return a, b
+
+
+def _sum_of(a: Node, b: Node) -> Node | None:
+    """Return the addition that joins the outputs of two attentions."""
+    return next((node for node in _outputs(a) if match.is_op(node, aten.add.Tensor) and node in set(_outputs(b))), None)
+
+
+def _behind(node: object) -> set[Node]:
+    """Return the attentions that a laid-out output comes from."""
+    todo, found = [node], set()
+    while todo:
+        one = todo.pop()
+        if match.is_attention(one):
+            found.add(one)
+        elif match.is_op(one, *_CARRIERS):
+            todo.extend(one.all_input_nodes)  # type: ignore[attr-defined]
+    return found  # type: ignore[return-value]
+
+
+_CARRIERS = (*match.LAYOUT_OPS, *match.CAST_OPS, aten.add.Tensor)
+
+
+def _outputs(node: Node) -> list[Node]:
+    """Return every laid-out, cast or summed form of an attention's output, nearest first."""
+    found: list[Node] = []
+    todo = [node]
+    while todo:
+        one = todo.pop(0)
+        found.append(one)
+        todo.extend(user for user in match.readers(one) if match.is_op(user, *_CARRIERS) and user not in found)
+    return found
+
+
+def _output_groups(draft: Draft, cluster: Sequence[_Read]) -> list[Group]:
+    readers = [
+        user
+        for form in _outputs(cluster[0].node)
+        for user in match.readers(form)
+        if match.is_float_linear(user) and _only_attention(form)
+    ]
+    if not readers:
+        draft.skip(cluster[0].node, "no linear reads the output", cluster[0].node)
+        return []
+    return [_group(Role.ATTN_OUT, (readers[0],), Source.ATTENTION)]
+
+
+def _only_attention(node: Node) -> bool:
+    """Whether `node` is made of attention outputs alone, laid out, cast or summed."""
+    todo = [node]
+    while todo:
+        one = todo.pop()
+        if match.is_attention(one):
+            continue
+        if not match.is_op(one, *_CARRIERS):
+            return False
+        todo.extend(parent for parent in one.all_input_nodes if match.is_tensor(parent))
+    return True
+
+
+def _group(role: Role, linears: Sequence[Node], source: Source) -> Group:
+    return Group(role, tuple(dict.fromkeys(map(_site, linears))), source)
+
+
+def _drop_repeats(groups: Iterable[Group]) -> list[Group]:
+    return list({group.sites: group for group in groups}.values())
+
+
+def _site(node: Node) -> Site:
+    found = match.site(node)
+    assert found is not None, "name_sites runs before detection"
+    return found

@@ -1,0 +1,193 @@
+"""Fold 1/s into the rows of the value projections before an attention.
+
+Law: attention is linear in v, channel by channel: `attention(q, k, v / s) = attention(q, k, v) / s`
+for any per-channel s. So the smooth scale of the linear that reads the output of an attention, or
+the sum of several, goes into the rows and the bias of *every* value projection behind that sum.
+
+    before                                          after
+    %v = linear(%x, Wv, bv)                         %v = linear(%x, mul(Wv, inv_s[:, None]),
+    %o = attention(%q, %k, reshape(%v))                         mul(bv, inv_s))
+    %y = reshape(%o)                                %y = reshape(attention(%q, %k, reshape(%v)))
+
+Which output channel a row of Wv ends up in is proved by following the channel axis through every
+reshape, permute and slice between the projection and the reader.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from wancompile.ir import match
+from wancompile.ir.edit import Draft
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class _Axis:
+    """The channel axis of a tensor: the dims that it spans, major first, and its first row."""
+
+    dims: tuple[int, ...]
+    offset: int = 0
+
+
+@dataclass(frozen=True)
+class ValueRows:
+    """The value projections behind a producer, each with the row its channel 0 comes from."""
+
+    projections: tuple[tuple[Node, int], ...]
+
+
+def find(producer: Node, members: set[Node]) -> ValueRows | str:
+    """Return the fold, or why there is none."""
+    paths = _paths_to_projections(producer)
+    if paths is None:
+        return "the producer is not made of attention outputs alone"
+    on_path = {node for path in paths for node in path} | members
+    projections = []
+    for path in paths:
+        linear = path[-1]
+        for node in path[:-1]:
+            if any(reader not in on_path for reader in match.readers(node)):
+                return f"{node.name} has another reader on the way"
+        axis = _follow(list(reversed(path)))
+        if isinstance(axis, str):
+            return axis
+        if axis.dims != (match.rank(producer) - 1,):
+            return "the channels do not arrive as the last dimension"
+        width = int(match.shape(producer)[-1])
+        if _rows_read_elsewhere(linear, axis.offset, width, on_path):
+            return f"{linear.name} is also read elsewhere"
+        projections.append((linear, axis.offset))
+    return ValueRows(tuple(projections))
+
+
+def _paths_to_projections(producer: Node) -> list[list[Node]] | None:
+    """Return, per value projection, the nodes from `producer` back to the linear, inclusive."""
+    paths: list[list[Node]] = []
+    todo: list[list[Node]] = [[producer]]
+    while todo:
+        path = todo.pop()
+        node = path[-1]
+        parents = _value_operands(node)
+        if parents is None:
+            return None
+        for parent in parents:
+            longer = [*path, parent]
+            if not match.is_float_linear(parent):
+                todo.append(longer)
+            elif not any(match.is_attention(one) for one in path):
+                return None
+            else:
+                paths.append(longer)
+    return paths
+
+
+def _value_operands(node: Node) -> list[Node] | None:
+    if match.is_attention(node):
+        return [node.args[2]]  # type: ignore[list-item]
+    if match.is_op(node, aten.add.Tensor):
+        return [parent for parent in node.all_input_nodes if match.is_tensor(parent)]
+    if match.is_op(node, *match.LAYOUT_OPS, *match.CAST_OPS, aten.slice.Tensor):
+        return [node.args[0]]  # type: ignore[list-item]
+    return None
+
+
+def _follow(path: Sequence[Node]) -> _Axis | str:
+    """Follow the channel axis from a linear's output along `path`."""
+    axis = _Axis((match.rank(path[0]) - 1,))
+    for node in path[1:]:
+        following = _step(axis, node)
+        if following is None:
+            return f"the channels cannot be followed through {match.target_name(node)}"
+        axis = following
+    return axis
+
+
+def _step(axis: _Axis, node: Node) -> _Axis | None:
+    if match.is_op(node, *match.CAST_OPS, aten.add.Tensor):
+        return axis
+    if match.is_attention(node):
+        return axis if match.rank(node) - 2 not in axis.dims else None
+    if match.is_op(node, aten.permute.default):
+        order = [match.dim_of(dim, match.rank(node)) for dim in node.args[1]]  # type: ignore[union-attr]
+        return _Axis(tuple(order.index(dim) for dim in axis.dims), axis.offset)
+    if match.is_op(node, aten.reshape.default):
+        return _through_reshape(axis, node)
+    if match.is_op(node, aten.slice.Tensor):
+        return _through_slice(axis, node)
+    return None
+
+
+def _through_reshape(axis: _Axis, node: Node) -> _Axis | None:
+    """The dims before and after the axis stay; what lies between them is the axis, in order."""
+    operand: Any = node.args[0]
+    before, after = match.shape(operand), match.shape(node)
+    first, last = axis.dims[0], axis.dims[-1]
+    if axis.dims != tuple(range(first, last + 1)):
+        return None
+    trailing = len(before) - 1 - last
+    if len(after) - trailing <= first:
+        return None
+    kept = [(before[i], after[i]) for i in range(first)]
+    kept += [(before[-i], after[-i]) for i in range(1, trailing + 1)]
+    if not all(match.same(a, b) for a, b in kept):
+        return None
+    return _Axis(tuple(range(first, len(after) - trailing)), axis.offset)
+
+
+def _through_slice(axis: _Axis, node: Node) -> _Axis | None:
+    dim = match.dim_of(match.arg(node, 1, "dim", 0), match.rank(node))
+    if dim not in axis.dims:
+        return axis
+    start = match.arg(node, 2, "start") or 0
+    plain = len(axis.dims) == 1 and isinstance(start, int) and match.arg(node, 4, "step", 1) == 1
+    return _Axis(axis.dims, axis.offset + start) if plain else None
+
+
+def _rows_read_elsewhere(linear: Node, offset: int, width: int, on_path: set[Node]) -> bool:
+    """Whether anything off the path reads rows [offset, offset + width) of `linear`."""
+    for reader in match.readers(linear):
+        if reader in on_path:
+            continue
+        axis = _step(_Axis((match.rank(linear) - 1,)), reader)
+        if not match.is_op(reader, aten.slice.Tensor) or axis is None:
+            return True
+        size = match.shape(reader)[-1]
+        if not isinstance(size, int) or (axis.offset < offset + width and offset < axis.offset + size):
+            return True
+    return False
+
+
+def apply(draft: Draft, found: ValueRows, inverse: Node) -> None:
+    """Multiply the rows and the bias of each projection by the stored fp32 `inverse` = 1/s."""
+    for linear, offset in found.projections:
+        rows = _padded(draft, inverse, linear, offset)
+        column = draft.call(aten.unsqueeze.default, rows, 1, before=linear, like=linear)
+        weight = _scaled(draft, linear, linear.args[1], column)
+        bias = match.arg(linear, 2, "bias")
+        if bias is not None:
+            bias = _scaled(draft, linear, bias, rows)
+        draft.set_args(linear, (linear.args[0], weight, bias))
+
+
+def _padded(draft: Draft, inverse: Node, linear: Node, offset: int) -> Node:
+    """Return 1/s for every row of the linear: ones for rows that are not value rows."""
+    total, width = int(match.shape(linear)[-1]), int(match.shape(inverse)[0])
+    values = draft.state[str(inverse.target)]
+    full = torch.ones(total, dtype=torch.float32, device=values.device)
+    full[offset : offset + width] = values
+    return draft.store(f"{inverse.target}_rows", full, before=linear)
+
+
+def _scaled(draft: Draft, linear: Node, operand: Any, factor: Node) -> Node:
+    scaled = draft.call(aten.mul.Tensor, operand, factor, before=linear, like=linear)
+    dtype = match.val(operand).dtype
+    if match.val(scaled).dtype == dtype:
+        return scaled
+    return draft.call(aten.to.dtype, scaled, dtype, before=linear, like=linear)

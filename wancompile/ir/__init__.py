@@ -1,0 +1,1 @@
+"""The intermediate representation: levels, and how graphs are read, edited and printed."""

@@ -1,0 +1,192 @@
+"""The only code that changes a graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx import Graph, Node, map_arg
+
+from wancompile.ir import match
+from wancompile.ir.site import Attention, Group, Site, Ungrouped
+
+# What a new node inherits from the one it replaces: where in the model it comes from.
+_ORIGIN_KEYS = ("nn_module_stack", "stack_trace", "site")
+
+
+@dataclass(frozen=True)
+class Note:
+    """One thing a pass did, or did not do and why."""
+
+    site: str
+    text: str
+    source: str | None = None
+
+
+@dataclass
+class Draft:
+    """A private working copy that a pass edits; the runner turns it into the next program.
+
+    Invariants: every node the draft creates carries its fake value in `meta["val"]` and the origin
+    of the node it stands for; stored tensors are never written in place, a change of value is a
+    new tensor in `state`.
+    """
+
+    graph: Graph
+    state: dict[str, torch.Tensor]
+    groups: tuple[Group, ...] = ()
+    ungrouped: tuple[Ungrouped, ...] = ()
+    attentions: tuple[Attention, ...] = ()
+    done: list[Note] = field(default_factory=list)
+    skipped: list[Note] = field(default_factory=list)
+    _mode: FakeTensorMode | None = None
+
+    @property
+    def fake_mode(self) -> FakeTensorMode | None:
+        """The mode that all fake values of this graph live in."""
+        if self._mode is None:
+            self._mode = next(
+                (
+                    value.fake_mode
+                    for node in self.graph.nodes
+                    if isinstance(value := node.meta.get("val"), FakeTensor)
+                ),
+                None,
+            )
+        return self._mode
+
+    # Reporting ------------------------------------------------------------------------------
+
+    def did(self, site: Site | Node | str, text: str) -> None:
+        """Record that something was rewritten at `site`."""
+        self.done.append(Note(_where(site), text))
+
+    def skip(self, site: Site | Node | str, reason: str, node: Node | None = None) -> None:
+        """Record that nothing was rewritten at `site`, and why; `node` tells the source line."""
+        origin = node if node is not None else site
+        source = match.source_line(origin) if isinstance(origin, Node) else None
+        self.skipped.append(Note(_where(site), reason, source))
+
+    # Stored tensors -------------------------------------------------------------------------
+
+    def store(self, name: str, tensor: torch.Tensor, *, before: Node) -> Node:
+        """Store `tensor` under `name` (made unique) and return a node that reads it."""
+        name = self._unique(name)
+        self.state[name] = tensor
+        return self.read(name, before=before)
+
+    def read(self, name: str, *, before: Node) -> Node:
+        """Return a new node that reads the stored tensor `name`."""
+        with self.graph.inserting_before(before):
+            node = self.graph.create_node("get_attr", name)
+        node.meta["val"] = self._fake(self.state[name])
+        return node
+
+    def _unique(self, name: str) -> str:
+        if name not in self.state:
+            return name
+        number = 1
+        while f"{name}_{number}" in self.state:
+            number += 1
+        return f"{name}_{number}"
+
+    def _fake(self, tensor: torch.Tensor) -> torch.Tensor:
+        if self.fake_mode is None:
+            return tensor.to("meta")
+        return self.fake_mode.from_tensor(tensor, static_shapes=True)
+
+    # Nodes ----------------------------------------------------------------------------------
+
+    def call(
+        self, target: Callable[..., Any], *args: Any, before: Node, like: Node, **kwargs: Any
+    ) -> Node:
+        """Insert a call of `target` before `before`; its origin is that of `like`."""
+        with self.graph.inserting_before(before):
+            node = self.graph.call_function(target, args, kwargs)
+        self._inherit(node, like)
+        node.meta["val"] = self._evaluate(node)
+        return node
+
+    def replace(self, old: Node, new: Node) -> None:
+        """Let every reader of `old` read `new`, and erase `old`."""
+        old.replace_all_uses_with(new)
+        self.graph.erase_node(old)
+
+    def replace_call(
+        self, old: Node, target: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Node:
+        """Replace `old` by a call of `target` in the same place; its site moves along."""
+        new = self.call(target, *args, before=old, like=old, **kwargs)
+        if "site" in old.meta:
+            new.meta["site"] = old.meta["site"]
+        self.replace(old, new)
+        return new
+
+    def redirect(self, reader: Node, old: Node, new: Node) -> None:
+        """Let `reader` read `new` where it read `old`."""
+        reader.replace_input_with(old, new)
+
+    def set_args(self, node: Node, args: Sequence[Any]) -> None:
+        """Give `node` other operands of the same shapes and types."""
+        node.args = tuple(args)
+
+    def erase_dead(self) -> None:
+        """Erase nodes nobody reads (calls that write to a tensor stay), and unread state."""
+        self.graph.eliminate_dead_code()
+        read = {node.target for node in self.graph.nodes if node.op == "get_attr"}
+        for name in [name for name in self.state if name not in read]:
+            del self.state[name]
+
+    def _inherit(self, node: Node, like: Node) -> None:
+        for key in _ORIGIN_KEYS:
+            if key != "site" and key in like.meta:
+                node.meta[key] = like.meta[key]
+
+    def _evaluate(self, node: Node) -> Any:
+        args = map_arg(node.args, lambda n: n.meta["val"])
+        kwargs = map_arg(node.kwargs, lambda n: n.meta["val"])
+        mode: AbstractContextManager[Any] = self.fake_mode or nullcontext()
+        with mode, torch.no_grad():
+            return node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+def _where(site: Site | Node | str) -> str:
+    if isinstance(site, Node):
+        return str(match.site(site) or match.module_path(site) or site.name)
+    return str(site)
+
+
+def copy_graph(graph: Graph) -> Graph:
+    """Return a copy of `graph` that shares nothing mutable with it but the fake values."""
+    copied = Graph()
+    outputs = copied.graph_copy(graph, val_map := {}, return_output_node=True)
+    assert outputs is not None
+    result, old_output = outputs
+    node = copied.output(result)
+    node.meta = dict(old_output.meta)
+    for old, new in val_map.items():
+        new.meta = dict(old.meta)
+    return copied
+
+
+def evaluate_constant(
+    node: Node, state: Mapping[str, torch.Tensor], *, dtype: torch.dtype = torch.float32
+) -> torch.Tensor:
+    """Compute a node that reads only stored tensors, in `dtype`, ignoring float casts on the way.
+
+    Folds multiply weights by scales as graph nodes; evaluating that tree at once in fp32 rounds a
+    weight a single time, where running it node by node in bf16 would round at each step.
+    """
+    if node.op == "get_attr":
+        tensor = state[str(node.target)]
+        return tensor.to(dtype) if tensor.is_floating_point() else tensor
+    if match.is_op(node, torch.ops.aten.to.dtype):
+        return evaluate_constant(node.args[0], state, dtype=dtype)  # type: ignore[arg-type]
+    args = map_arg(node.args, lambda n: evaluate_constant(n, state, dtype=dtype))
+    kwargs = map_arg(node.kwargs, lambda n: evaluate_constant(n, state, dtype=dtype))
+    result: torch.Tensor = node.target(*args, **kwargs)  # type: ignore[operator]
+    return result

@@ -1,0 +1,151 @@
+"""Program: a graph at a level, the tensors it reads, and what is known about it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch.fx import Graph, GraphModule, Interpreter, Node
+
+from wancompile.ir import edit, match, text
+from wancompile.ir.levels import Level, verify
+from wancompile.ir.site import Attention, Group, Site, Ungrouped
+from wancompile.signature import Signature
+
+
+@dataclass(frozen=True)
+class PassRecord:
+    """What one pass did to one program, how long it took, and how exact it was.
+
+    `error` is the relative L2 difference of the program's output before and after, where the
+    runner was asked to measure it; None elsewhere.
+    """
+
+    name: str
+    identity: str
+    level: Level
+    seconds: float
+    nodes_before: int
+    nodes_after: int
+    done: tuple[edit.Note, ...] = ()
+    skipped: tuple[edit.Note, ...] = ()
+    error: float | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Program:
+    """A graph that runs, at one level of the compiler.
+
+    Invariants: `graph` reads stored tensors by their name in `state` and takes the inputs of
+    `signature` in order; it is never edited once the program exists (passes edit a `draft`); it
+    runs at every level, so two levels of a model can be compared output by output.
+    """
+
+    graph: Graph
+    state: dict[str, torch.Tensor]
+    level: Level
+    signature: Signature
+    groups: tuple[Group, ...] = ()
+    ungrouped: tuple[Ungrouped, ...] = ()
+    attentions: tuple[Attention, ...] = ()
+    records: tuple[PassRecord, ...] = field(default=())
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the program; arguments are those of the traced model's forward."""
+        with torch.no_grad():
+            return self.module(*self.signature.bind(args, kwargs))
+
+    @cached_property
+    def module(self) -> GraphModule:
+        """The graph as a module whose buffers are the tensors of `state`."""
+        return GraphModule(nest(self.state), self.graph)
+
+    def draft(self) -> edit.Draft:
+        """Return a private working copy; weights are shared, the graph is not."""
+        return edit.Draft(
+            edit.copy_graph(self.graph),
+            dict(self.state),
+            self.groups,
+            self.ungrouped,
+            self.attentions,
+        )
+
+    def advance(self, draft: edit.Draft, level: Level, record: PassRecord) -> Program:
+        """Return the program that `draft` has become."""
+        return replace(
+            self,
+            graph=draft.graph,
+            state=draft.state,
+            level=level,
+            groups=draft.groups,
+            ungrouped=draft.ungrouped,
+            attentions=draft.attentions,
+            records=(*self.records, record),
+        )
+
+    def verify(self, pass_name: str | None = None) -> None:
+        """Raise `LevelError` unless the program keeps the invariants of its level."""
+        self.graph.lint()
+        verify(
+            self.graph,
+            self.level,
+            groups=self.groups,
+            ungrouped=self.ungrouped,
+            state=self.state,
+            pass_name=pass_name,
+        )
+
+    def values(self, sites: Iterable[Site], *args: Any, **kwargs: Any) -> dict[Site, torch.Tensor]:
+        """Run the program and return the outputs of the calls at `sites`."""
+        wanted = {node for site, node in match.by_site(self.graph).items() if site in set(sites)}
+        recorder = _Recorder(self.module, wanted)
+        with torch.no_grad():
+            recorder.run(*self.signature.bind(args, kwargs))
+        return recorder.values
+
+    def print(self, names: str = "fx") -> str:
+        """Return the graph as text, one line a node."""
+        return text.render(self.graph, names=names)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the stored tensors."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.state.values())
+
+
+class _Recorder(Interpreter):
+    """Runs a graph node by node and keeps the outputs of some."""
+
+    def __init__(self, module: GraphModule, wanted: set[Node]) -> None:
+        super().__init__(module)
+        # GraphModule keeps its own copy of the graph; sites travel in meta.
+        sites = {match.site(node) for node in wanted}
+        self._wanted = {node for node in module.graph.nodes if match.site(node) in sites - {None}}
+        self.values: dict[Site, torch.Tensor] = {}
+
+    def run_node(self, n: Node) -> Any:
+        result = super().run_node(n)
+        found = match.site(n)
+        if n in self._wanted and found is not None:
+            self.values[found] = result
+        return result
+
+
+def nest(state: dict[str, torch.Tensor]) -> torch.nn.Module:
+    """Return a module tree that holds `state` as buffers under their qualified names.
+
+    Plain buffers, not Parameters: a program is for inference, and 8-bit tensors cannot be trained.
+    """
+    root = torch.nn.Module()
+    for name, tensor in state.items():
+        *path, leaf = name.split(".")
+        owner = root
+        for part in path:
+            if part not in owner._modules:
+                owner.add_module(part, torch.nn.Module())
+            owner = owner._modules[part]  # type: ignore[assignment]
+        owner.register_buffer(leaf, tensor.detach())
+    return root
