@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import torch
+
 from wancompile.passes.canonicalize import Canonicalize
 from wancompile.passes.choose_folds import ChooseFolds
 from wancompile.passes.detect_attention import DetectAttention
 from wancompile.passes.detect_mlp import DetectMlp
 from wancompile.passes.drop_noops import DropNoops
+from wancompile.passes.fold_constants import FoldConstants
+from wancompile.passes.lower import Lower
 from wancompile.passes.name_sites import NameSites
+from wancompile.passes.quantize_attention import QuantizeAttention
+from wancompile.passes.quantize_linears import QuantizeLinears
 from wancompile.passes.raise_attention import RaiseAttention
 from wancompile.passes.raise_einsum import RaiseEinsum
 from wancompile.passes.raise_gelu import RaiseGelu
@@ -16,7 +22,10 @@ from wancompile.passes.raise_norms import RaiseNorms
 from wancompile.passes.raise_stores import RaiseStores
 from wancompile.passes.resolve_slices import ResolveSlices
 from wancompile.passes.share_common import ShareCommon
+from wancompile.passes.smooth import Smooth
 from wancompile.pipeline import Pass
+from wancompile.quant.stats import Stats
+from wancompile.recipe import Recipe
 
 # EXPORTED -> NORMAL: one spelling for everything, then who feeds whom.
 NORMALIZE: tuple[Pass, ...] = (
@@ -35,3 +44,18 @@ NORMALIZE: tuple[Pass, ...] = (
     DetectMlp(),
     ChooseFolds(),
 )
+
+
+def smoothing(recipe: Recipe, stats: Stats | None) -> tuple[Pass, ...]:
+    """NORMAL -> NORMAL: the float program with every scale folded; nothing without statistics."""
+    return (Smooth(recipe, stats),) if stats is not None else ()
+
+
+def quantization(recipe: Recipe, stats: Stats | None) -> tuple[Pass, ...]:
+    """NORMAL -> QUANTIZED."""
+    return (QuantizeAttention(recipe, stats), QuantizeLinears(recipe), FoldConstants())
+
+
+def lowering(device: torch.device) -> tuple[Pass, ...]:
+    """QUANTIZED -> LOWERED, for one device."""
+    return (Lower(device),)

@@ -11,7 +11,7 @@ Law: see the files in `folds/`; a place is taken only where the fold is exact fo
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from torch.fx import Node
@@ -63,15 +63,16 @@ def weight_readers(nodes: Mapping[Site, Node]) -> Mapping[str, int]:
 
 def _chosen(group: Group, nodes: Mapping[Site, Node], readers: Mapping[str, int]) -> Group:
     if group.source not in _FINDERS:
-        return group.with_fold(Fold.QUANTIZE, _UNFOLDABLE[group.source])
+        return replace(group, fold=Fold.QUANTIZE, fold_reason=_UNFOLDABLE[group.source])
     fold, find = _FINDERS[group.source]
     members = {nodes[site] for site in group.sites}
     found = find(next(iter(members)).args[0], members)  # type: ignore[arg-type]
     if isinstance(found, str):
-        return group.with_fold(Fold.QUANTIZE, found)
+        return replace(group, fold=Fold.QUANTIZE, fold_reason=found)
     if isinstance(found, value_rows.ValueRows) and _shared(found, readers):
-        return group.with_fold(Fold.QUANTIZE, "a value projection's weight is used more than once")
-    return group.with_fold(fold)
+        reason = "a value projection's weight is used more than once"
+        return replace(group, fold=Fold.QUANTIZE, fold_reason=reason)
+    return replace(group, fold=fold)
 
 
 def _shared(found: value_rows.ValueRows, readers: Mapping[str, int]) -> bool:

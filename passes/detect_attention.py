@@ -68,10 +68,13 @@ class DetectAttention:
                 "so there is nothing to quantize"
             )
         groups: list[Group] = []
+        attentions: list[Attention] = []
         for cluster in _clusters(reads):
-            groups += _groups_of(draft, cluster)
+            out = _output_groups(draft, cluster)
+            groups += [*_input_groups(draft, cluster), *out]
+            attentions += [_attention(read, out) for read in cluster]
         draft.groups = tuple(_drop_repeats(groups))
-        draft.attentions = tuple(_attention(read) for read in reads)
+        draft.attentions = tuple(attentions)
 
 
 _ATTENTIONS = (aten.scaled_dot_product_attention.default,)
@@ -89,9 +92,9 @@ def _read(draft: Draft, node: Node) -> _Read | None:
     return _Read(node, **found)
 
 
-def _attention(read: _Read) -> Attention:
+def _attention(read: _Read, out: Sequence[Group]) -> Attention:
     q, k, v = (_site(linear) for linear in (read.q, read.k, read.v))
-    return Attention(_site(read.node), q, k, v, read.is_self)
+    return Attention(_site(read.node), q, k, v, read.is_self, out[0].key if out else None)
 
 
 def _clusters(reads: Iterable[_Read]) -> list[list[_Read]]:
@@ -102,14 +105,12 @@ def _clusters(reads: Iterable[_Read]) -> list[list[_Read]]:
     return list(clusters.values())
 
 
-def _groups_of(draft: Draft, cluster: Sequence[_Read]) -> list[Group]:
+def _input_groups(draft: Draft, cluster: Sequence[_Read]) -> list[Group]:
     first = cluster[0]
+    source = sources.of_stream(first.q)
     if first.is_self:
-        groups = [_group(Role.ATTN_QKV, (first.q, first.k, first.v), sources.of_stream(first.q))]
-    else:
-        groups = [_group(Role.ATTN_Q, (first.q,), sources.of_stream(first.q))]
-        groups += _encoder_groups(draft, cluster)
-    return groups + _output_groups(draft, cluster)
+        return [_group(Role.ATTN_QKV, (first.q, first.k, first.v), source)]
+    return [_group(Role.ATTN_Q, (first.q,), source), *_encoder_groups(draft, cluster)]
 
 
 def _encoder_groups(draft: Draft, cluster: Sequence[_Read]) -> list[Group]:

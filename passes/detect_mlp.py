@@ -11,7 +11,8 @@ Nothing is rewritten; the graph before is the graph after.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -21,7 +22,7 @@ from wancompile.ir import match
 from wancompile.ir.dataflow import Dataflow
 from wancompile.ir.edit import Draft
 from wancompile.ir.levels import Level
-from wancompile.ir.site import Group, Role, Source, Ungrouped
+from wancompile.ir.site import Group, Role, Site, Source, Ungrouped
 from wancompile.passes import sources
 
 aten = torch.ops.aten
@@ -52,12 +53,21 @@ class DetectMlp:
             groups += _pair(node, down)
             taken |= {site for group in groups[-2:] for site in group.sites}
         order = {site: index for index, site in enumerate(match.by_site(draft.graph))}
-        draft.groups = tuple(sorted(groups, key=lambda group: order[group.sites[0]]))
+        in_order = sorted(groups, key=lambda group: order[group.key])
+        draft.groups = tuple(_with_producers(in_order, match.by_site(draft.graph)))
         draft.ungrouped = tuple(
             Ungrouped(site, _reason(flow, node))
             for site, node in match.by_site(draft.graph).items()
             if match.is_float_linear(node) and site not in taken
         )
+
+
+def _with_producers(groups: Iterable[Group], nodes: Mapping[Site, Node]) -> Iterator[Group]:
+    """Name each producer value by the first site that reads it."""
+    first: dict[object, Site] = {}
+    for group in groups:
+        producer = first.setdefault(nodes[group.key].args[0], group.key)
+        yield replace(group, producer=producer)
 
 
 def _pair(up: Node, down: Node) -> list[Group]:

@@ -205,6 +205,7 @@ def _program(
             for name, leaf in leaves.items()
             if not isinstance(leaf, torch.Tensor) and name != "return_dict"
         },
+        output=exported.call_spec.out_spec,
     )
     program = Program(graph, state, Level.EXPORTED, signature)
     program.verify()

@@ -59,18 +59,20 @@ def run(
     *,
     probe: Probe | None = None,
     dump: Path | None = None,
+    consume: bool = False,
 ) -> Program:
     """Return what `program` becomes after `passes`; `program` itself stays as it is.
 
     With a `probe`, the output before and after each run of consecutive exact passes is compared,
     and `NumericsError` is raised where it moved by more than rounding. With `dump`, the text of
-    every level and the diff of every pass are written there, numbered.
+    every level and the diff of every pass are written there, numbered. With `consume`, `program`
+    gives up its weights: whatever the passes drop is freed at once.
     """
     _dump(dump, program, "start", before=None)
     for group in _runs(passes):
         before = program
         for one in group:
-            program = _apply(program, one, dump)
+            program = _apply(program, one, dump, consume)
         if probe is not None and group[0].exact and program is not before:
             program = _compare(before, program, probe, group)
     return program
@@ -87,14 +89,14 @@ def _runs(passes: Iterable[Pass]) -> list[list[Pass]]:
     return runs
 
 
-def _apply(program: Program, one: Pass, dump: Path | None) -> Program:
+def _apply(program: Program, one: Pass, dump: Path | None, consume: bool) -> Program:
     if program.level != one.needs:
         raise LevelError(
             f"the pass needs level {one.needs.name}, the program is at {program.level.name}",
             pass_name=one.name,
         )
     started = time.perf_counter()
-    draft = program.draft()
+    draft = program.draft(consume=consume)
     try:
         one.apply(draft)
     except WancompileError as error:

@@ -56,22 +56,32 @@ class Program:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the program; arguments are those of the traced model's forward."""
         with torch.no_grad():
-            return self.module(*self.signature.bind(args, kwargs))
+            return self.signature.unflatten(self.module(*self.signature.bind(args, kwargs)))
 
     @cached_property
     def module(self) -> GraphModule:
         """The graph as a module whose buffers are the tensors of `state`."""
         return GraphModule(nest(self.state), self.graph)
 
-    def draft(self) -> edit.Draft:
-        """Return a private working copy; weights are shared, the graph is not."""
+    def draft(self, *, consume: bool = False) -> edit.Draft:
+        """Return a private working copy; weights are shared, the graph is not.
+
+        With `consume` the draft is the only holder of the weights and this program cannot run any
+        more: that is how quantization frees each weight as soon as it has its 8 bits.
+        """
+        state = dict(self.state)
+        if consume:
+            self.state.clear()
+            self.__dict__.pop("module", None)
         return edit.Draft(
-            edit.copy_graph(self.graph),
-            dict(self.state),
-            self.groups,
-            self.ungrouped,
-            self.attentions,
+            edit.copy_graph(self.graph), state, self.groups, self.ungrouped, self.attentions
         )
+
+    def to(self, device: torch.device) -> Program:
+        """Return the program on `device`."""
+        draft = self.draft()
+        edit.move(draft, device)
+        return replace(self, graph=draft.graph, state=draft.state)
 
     def advance(self, draft: edit.Draft, level: Level, record: PassRecord) -> Program:
         """Return the program that `draft` has become."""

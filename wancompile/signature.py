@@ -44,13 +44,19 @@ class Signature:
     """The parameters of a traced forward, split into tensors and constants.
 
     `parameters` are the names of forward's parameters in order, `inputs` the tensors in the order
-    of the graph's placeholders, `constants` every other leaf with the value it was traced with.
+    of the graph's placeholders, `constants` every other leaf with the value it was traced with,
+    `output` the structure of what forward returns.
     """
 
     parameters: tuple[str, ...]
     defaults: Mapping[str, Any]
     inputs: tuple[InputSpec, ...]
     constants: Mapping[str, Any]
+    output: pytree.TreeSpec
+
+    def unflatten(self, leaves: Sequence[Any]) -> Any:
+        """Return the graph's outputs in the structure that forward returned."""
+        return pytree.tree_unflatten(list(leaves), self.output)
 
     def bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[torch.Tensor]:
         """Return the input tensors in placeholder order, or raise `InputError`."""

@@ -86,6 +86,10 @@ class Draft:
         node.meta["val"] = self._fake(self.state[name])
         return node
 
+    def forget(self, name: str) -> None:
+        """Drop the stored tensor `name`, which no node reads any more."""
+        self.state.pop(name, None)
+
     def _unique(self, name: str) -> str:
         if name not in self.state:
             return name
@@ -190,3 +194,13 @@ def evaluate_constant(
     kwargs = map_arg(node.kwargs, lambda n: evaluate_constant(n, state, dtype=dtype))
     result: torch.Tensor = node.target(*args, **kwargs)  # type: ignore[operator]
     return result
+
+
+def move(draft: Draft, device: torch.device) -> None:
+    """Move the stored tensors to `device`, and the ops that name a device along with them."""
+    draft.state = {name: tensor.to(device) for name, tensor in draft.state.items()}
+    for node in draft.graph.nodes:
+        if isinstance(node.kwargs.get("device"), torch.device):
+            node.kwargs = {**node.kwargs, "device": device}
+        if any(isinstance(arg, torch.device) for arg in node.args):
+            node.args = tuple(device if isinstance(a, torch.device) else a for a in node.args)

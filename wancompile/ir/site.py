@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import StrEnum
 
 
@@ -20,6 +20,12 @@ class Site:
 
     def __str__(self) -> str:
         return self.path if self.call == 0 else f"{self.path}#{self.call}"
+
+    @classmethod
+    def parse(cls, text: str) -> Site:
+        """Return the site that `str` printed as `text`."""
+        path, _, call = text.partition("#")
+        return cls(path, int(call or 0))
 
 
 class Role(StrEnum):
@@ -56,40 +62,72 @@ class Fold(StrEnum):
 
 
 @dataclass(frozen=True)
+class Smoothing:
+    """What the search found for one group, on tokens it was not chosen on.
+
+    `error_plain` and `error_smoothed` are relative L2 errors of the group's quantized output
+    without and with the best scale `s = amax_x ** alpha / amax_w ** beta`; `inverse` names the
+    stored 1/s where it was applied and is empty where smoothing did not lower the error.
+    """
+
+    alpha: float
+    beta: float
+    error_plain: float
+    error_smoothed: float
+    inverse: str = ""
+
+    @property
+    def applied(self) -> bool:
+        """Whether the group is smoothed."""
+        return bool(self.inverse)
+
+    @property
+    def error(self) -> float:
+        """The error of the choice that was made."""
+        return self.error_smoothed if self.applied else self.error_plain
+
+
+@dataclass(frozen=True)
 class Group:
     """Linears that read one value and are therefore observed, smoothed and quantized together.
 
-    Invariants: `members` is not empty and every member reads the same producer value; every linear
+    Invariants: `sites` is not empty and every member reads the same producer value; every linear
     of a program is a member of exactly one group or has an entry among the program's ungrouped.
-    `fold_reason` says why `fold` is the quantise op where nothing cheaper was proved.
+    `producer` is the first site that reads this value, and the key of its statistics: groups that
+    share a producer share an observer. `fold_reason` says why `fold` is the quantise op where
+    nothing cheaper was proved. `smoothing` is None until a search has run.
     """
 
     role: Role
     sites: tuple[Site, ...]
     source: Source
+    producer: Site | None = None
     fold: Fold = Fold.QUANTIZE
     fold_reason: str = ""
+    smoothing: Smoothing | None = None
 
     @property
     def members(self) -> tuple[str, ...]:
-        """Qualified names of the member linears, in execution order."""
+        """Qualified names of the member linears."""
         return tuple(str(site) for site in self.sites)
 
     @property
     def key(self) -> Site:
-        """The site that stands for the group in statistics and reports: its first member."""
+        """The site that stands for the group in reports: its first member."""
         return self.sites[0]
 
-    def with_fold(self, fold: Fold, reason: str = "") -> Group:
-        """Return this group with another decision about its fold."""
-        return replace(self, fold=fold, fold_reason=reason)
+    @property
+    def observer(self) -> Site:
+        """The site under which the statistics of the group's input are kept."""
+        return self.producer or self.key
 
 
 @dataclass(frozen=True)
 class Attention:
     """One scaled-dot-product attention of the program and the projections proved to feed it.
 
-    `q`, `k` and `v` are the sites of the linears; with fused projections they may coincide.
+    `q`, `k` and `v` are the sites of the linears; with fused projections they may coincide. `out`
+    is the linear that reads the result, where one was found.
     """
 
     site: Site
@@ -97,6 +135,7 @@ class Attention:
     k: Site
     v: Site
     is_self: bool
+    out: Site | None = None
 
 
 @dataclass(frozen=True)

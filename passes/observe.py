@@ -1,0 +1,99 @@
+"""Insert observers: one for each value that a group reads, one for each self-attention operand.
+
+Law: an observer returns nothing and writes only to its own buffers, so the program computes what
+it did before.
+
+    before                                          after
+    %y = ...                                        %y = ...
+                                                    observe_channels(%y, amax, count, sample,
+                                                                     priority, label, seed)
+    %q = linear(%y, wq); %k = linear(%y, wk)        %q = linear(%y, wq); %k = linear(%y, wk)
+"""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch.fx import Node
+
+from wancompile.ir import match
+from wancompile.ir.edit import Draft
+from wancompile.ir.levels import Level
+from wancompile.ir.site import Attention, Site
+
+ops = torch.ops.wancompile
+
+LABEL = "observers.label"
+
+
+@dataclass(frozen=True)
+class Observe:
+    """Observe producers and self-attention operands.
+
+    `labels` is the number of timestep ranges kept apart, `rows` the size of the token sample per
+    producer, `seed` draws it.
+    """
+
+    labels: int = 10
+    rows: int = 256
+    seed: int = 0
+
+    name: ClassVar[str] = "observe"
+    needs: ClassVar[Level] = Level.NORMAL
+    gives: ClassVar[Level] = Level.OBSERVED
+    exact: ClassVar[bool] = True
+
+    def apply(self, draft: Draft) -> None:
+        """Insert each observer right before the first reader of what it observes."""
+        nodes = match.by_site(draft.graph)
+        for site in dict.fromkeys(group.observer for group in draft.groups):
+            self._observe_channels(draft, site, nodes[site])
+        for attention in draft.attentions:
+            if attention.is_self and match.rank(nodes[attention.site]) == 4:
+                self._observe_heads(draft, attention, nodes[attention.site])
+
+    def _observe_channels(self, draft: Draft, site: Site, reader: Node) -> None:
+        producer: Any = reader.args[0]
+        x = match.val(producer)
+        buffers = {
+            "amax": torch.zeros(self.labels, x.shape[-1], device=x.device),
+            "count": torch.zeros(self.labels, dtype=torch.int64, device=x.device),
+            "sample": torch.zeros(self.rows, x.shape[-1], dtype=x.dtype, device=x.device),
+            "priority": torch.full(
+                (self.rows,), torch.inf, dtype=torch.float64, device=x.device
+            ),
+        }
+        # Each site draws its own sample; a checksum of its name is the same in every process.
+        seed = self.seed * 2**32 + zlib.crc32(str(site).encode())
+        stored = [
+            draft.store(buffer_name(site, part), buffer, before=reader)
+            for part, buffer in buffers.items()
+        ]
+        label = _label(draft, x.device, reader)
+        draft.call(
+            ops.observe_channels.default, producer, *stored, label, seed, before=reader, like=reader
+        )
+        draft.did(site, "observed")
+
+    def _observe_heads(self, draft: Draft, attention: Attention, node: Node) -> None:
+        for operand, value in zip("qkv", node.args[:3], strict=True):
+            x = match.val(value)  # type: ignore[arg-type]
+            amax = torch.zeros(self.labels, x.shape[1], x.shape[3], device=x.device)
+            stored = draft.store(buffer_name(attention.site, operand), amax, before=node)
+            label = _label(draft, x.device, node)
+            draft.call(ops.observe_heads.default, value, stored, label, before=node, like=node)
+        draft.did(attention.site, "q, k, v observed")
+
+
+def buffer_name(site: Site, part: str) -> str:
+    """Return the name under which a buffer of the observer at `site` is stored."""
+    return f"observers.{site}.{part}".replace("#", "_call_").replace(":", "_")
+
+
+def _label(draft: Draft, device: torch.device, before: Node) -> Node:
+    if LABEL not in draft.state:
+        draft.state[LABEL] = torch.zeros((), dtype=torch.int64, device=device)
+    return draft.read(LABEL, before=before)

@@ -1,0 +1,159 @@
+"""Divide a group's input by a smooth scale s and multiply its weights by it, where that helps.
+
+Law: `(x / s) @ (W * s).T = x @ W.T` for any s > 0 per input channel. Where s evens out channels of
+very different size, both factors lose less in 8 bits. 1/s goes where `choose_folds` has proved a
+place; elsewhere it becomes a multiply that the quantise op takes up.
+
+    before                                          after (unfoldable group)
+                                                    %xs = mul(%x, inv_s)
+    %y = linear(%x, W, b)                           %y = linear(%xs, mul(W, s), b)
+
+A scale is applied only where it lowers the error on tokens that did not choose it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
+
+import torch
+from torch.fx import Node
+
+from wancompile.errors import CalibrationError
+from wancompile.ir import edit, match
+from wancompile.ir.edit import Draft
+from wancompile.ir.levels import Level
+from wancompile.ir.site import Fold, Group, Site, Smoothing
+from wancompile.passes.choose_folds import weight_readers
+from wancompile.passes.folds import affine, modulation, value_rows
+from wancompile.quant.search import Candidate, choose, stack_weights
+from wancompile.quant.stats import ChannelStats, Stats
+from wancompile.recipe import Recipe
+
+aten = torch.ops.aten
+
+# Per place: how to find it again, and how to put 1/s there.
+_FOLDS: Mapping[Fold, tuple[Callable[[Node, set[Node]], Any], Callable[[Draft, Any, Node], None]]]
+_FOLDS = {
+    Fold.MODULATION: (modulation.find, modulation.apply),
+    Fold.AFFINE: (affine.find, affine.apply),
+    Fold.VALUE_ROWS: (value_rows.find, value_rows.apply),
+}
+
+
+@dataclass(frozen=True)
+class Smooth:
+    """Search and apply one smooth scale per group that the recipe quantizes with smoothing."""
+
+    recipe: Recipe
+    stats: Stats = field(repr=False)
+
+    name: ClassVar[str] = "smooth"
+    needs: ClassVar[Level] = Level.NORMAL
+    gives: ClassVar[Level] = Level.NORMAL
+    exact: ClassVar[bool] = True
+
+    def apply(self, draft: Draft) -> None:
+        """Choose every scale from the weights as they came, then rewrite group by group."""
+        nodes = match.by_site(draft.graph)
+        shared = {name for name, count in weight_readers(nodes).items() if count > 1}
+        chosen = {group.key: self._choose(draft, group, nodes, shared) for group in draft.groups}
+        draft.groups = tuple(_apply(draft, one, nodes, chosen[one.key]) for one in draft.groups)
+
+    def _choose(
+        self, draft: Draft, group: Group, nodes: Mapping[Site, Node], shared: set[str]
+    ) -> tuple[Smoothing, Candidate | None] | None:
+        spec = self.recipe.spec_for(group)
+        if spec is None or group.smoothing is not None:
+            return None
+        members = [nodes[site] for site in group.sites]
+        stats = self._stats_of(group, members[0])
+        weight = _stacked_weight(draft, members)
+        device = weight.device
+        amax, tokens = stats.amax.amax(0).to(device), stats.sample.to(device)
+        choice = choose(amax, weight, tokens, spec.torch_dtype)
+        if choice is None:
+            draft.skip(group.key, f"only {len(tokens)} different tokens to judge a scale by")
+            return None
+        best = choice.best
+        result = Smoothing(best.alpha, best.beta, choice.error_plain, choice.error_smoothed)
+        reason = _obstacle(choice.helps, spec.smooth, members, shared)
+        if reason:
+            draft.skip(group.key, reason, members[0])
+            return result, None
+        return result, best
+
+    def _stats_of(self, group: Group, node: Node) -> ChannelStats:
+        stats = self.stats.channels.get(group.observer)
+        if stats is None or stats.amax.shape[-1] != match.shape(node.args[0])[-1]:  # type: ignore[arg-type]
+            raise CalibrationError(
+                "the statistics have nothing for this site: they are of another model",
+                site=str(group.key),
+                source=match.source_line(node),
+            )
+        return stats
+
+
+def _obstacle(helps: bool, allowed: bool, members: list[Node], shared: set[str]) -> str:
+    if not allowed:
+        return "the recipe does not smooth this group"
+    if not helps:
+        return "smoothing does not lower the calibrated error"
+    if any(str(getattr(node.args[1], "target", "")) in shared for node in members):
+        return "a weight of the group is used more than once"
+    return ""
+
+
+def _stacked_weight(draft: Draft, members: list[Node]) -> torch.Tensor:
+    return stack_weights(
+        [edit.evaluate_constant(node.args[1], draft.state) for node in members]  # type: ignore[arg-type]
+    )
+
+
+def _apply(
+    draft: Draft,
+    group: Group,
+    nodes: Mapping[Site, Node],
+    chosen: tuple[Smoothing, Candidate | None] | None,
+) -> Group:
+    if chosen is None:
+        return group
+    smoothing, best = chosen
+    if best is None:
+        return replace(group, smoothing=smoothing)
+    members = [nodes[site] for site in group.sites]
+    inverse = draft.store(f"smooth.{group.key}.inverse".replace("#", "_call_"), 1 / best.scale, before=_top(draft))
+    _divide_input(draft, group, members, inverse)
+    for node in members:
+        scale = draft.store(f"{inverse.target}_reciprocal", best.scale, before=node)
+        weight = _scaled(draft, node.args[1], scale, node)
+        draft.set_args(node, (node.args[0], weight, *node.args[2:]))
+    gain = smoothing.error_plain / max(smoothing.error_smoothed, 1e-30)
+    draft.did(group.key, f"alpha {best.alpha:g}, error / {gain:.2f}, 1/s in the {group.fold}")
+    return replace(group, smoothing=replace(smoothing, inverse=str(inverse.target)))
+
+
+def _top(draft: Draft) -> Node:
+    return next(iter(draft.graph.nodes))
+
+
+def _divide_input(draft: Draft, group: Group, members: list[Node], inverse: Node) -> None:
+    producer: Any = members[0].args[0]
+    if group.fold is Fold.QUANTIZE:
+        scaled = _scaled(draft, producer, inverse, members[0])
+        for node in members:
+            draft.redirect(node, producer, scaled)
+        return
+    find, fold = _FOLDS[group.fold]
+    place = find(producer, set(members))
+    assert not isinstance(place, str), f"choose_folds proved a place that is gone: {place}"
+    fold(draft, place, inverse)
+
+
+def _scaled(draft: Draft, operand: Any, factor: Node, before: Node) -> Node:
+    scaled = draft.call(aten.mul.Tensor, operand, factor, before=before, like=before)
+    dtype = match.val(operand).dtype
+    if match.val(scaled).dtype == dtype:
+        return scaled
+    return draft.call(aten.to.dtype, scaled, dtype, before=before, like=before)

@@ -1,0 +1,90 @@
+"""The compiled model: a drop-in for the transformer it was made from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from wancompile import passes, pipeline
+from wancompile.program import Program
+from wancompile.report import Report
+from wancompile.samples import wrap_output
+from wancompile.signature import name_arguments
+
+
+class CompiledModel(torch.nn.Module):
+    """Runs a quantized program behind the interface of the model it replaces.
+
+    It takes the arguments of the original's forward and returns what that returned, offers
+    `config`, `dtype`, `device` and `cache_context` as diffusers pipelines ask for them, and moves
+    between devices with `to`. Weights keep their types: `to(dtype)` is refused, silently rounding
+    scales would be worse.
+
+    Attributes:
+        program: the program that runs, at level LOWERED.
+        report: what was rewritten, what was skipped and why, errors per site.
+    """
+
+    def __init__(self, quantized: Program, report: Report, config: Any, dtype: torch.dtype) -> None:
+        super().__init__()
+        self._quantized = quantized
+        self._dtype = dtype
+        self.config = config
+        self.report = report
+        self._lower(_device_of(quantized))
+        self.eval()
+
+    def _lower(self, device: torch.device) -> None:
+        self.program = pipeline.run(self._quantized, passes.lowering(device))
+        self.report = self.report.with_program(self.program)
+        self.graph = self.program.module
+        self._device = device
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the program; arguments and result are those of the original model."""
+        signature = self.program.signature
+        call = name_arguments(signature.parameters, signature.defaults, args, kwargs)
+        if "return_dict" in signature.parameters and call.get("return_dict") is None:
+            call["return_dict"] = True
+        with torch.no_grad():
+            leaves = self.graph(*signature.bind((), call))
+        return wrap_output(signature.unflatten(leaves), call)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The floating-point type of the original model's weights."""
+        return self._dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self._device
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the stored tensors."""
+        return self.program.nbytes
+
+    @contextmanager
+    def cache_context(self, name: str) -> Iterator[None]:
+        """Do nothing: diffusers pipelines name the conditional and unconditional calls with it."""
+        del name
+        yield
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
+        """Move to the device that `fn` moves to; see the class for why types stay."""
+        del recurse
+        probe = fn(torch.empty(0, dtype=self._dtype, device=self._device))
+        if probe.dtype != self._dtype:
+            raise TypeError(f"a compiled model keeps its types; it cannot become {probe.dtype}")
+        if probe.device != self._device:
+            self._quantized = self._quantized.to(probe.device)
+            self._lower(probe.device)
+        return self
+
+
+def _device_of(program: Program) -> torch.device:
+    return next(iter(program.state.values())).device

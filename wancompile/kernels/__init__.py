@@ -1,0 +1,48 @@
+"""GPU implementations of the semantic ops, and which of them takes the place of a node.
+
+To add a kernel: write it as a torch.library op in namespace `wancompile_kernels` with the arguments
+and the fake of the op it implements, in a file of its own here; describe it by a `Kernel`; put that
+into `KERNELS` before those it beats; add it to the comparison in tests/gpu/test_kernels_gpu.py.
+"""
+
+import torch
+from torch._ops import OpOverload
+
+from wancompile.kernels.base import Kernel
+from wancompile.kernels.torch_attention import ATTENTION_DEQUANTIZE_SDPA
+from wancompile.kernels.torch_linear import FP8_LINEAR_SCALED_MM, INT8_LINEAR_INT_MM
+
+KERNELS: tuple[Kernel, ...] = (
+    FP8_LINEAR_SCALED_MM,
+    INT8_LINEAR_INT_MM,
+    ATTENTION_DEQUANTIZE_SDPA,
+)
+"""Every kernel, in order of priority: the first that supports a node gets it."""
+
+
+def choose(
+    op: OpOverload, device: torch.device, args: tuple[object, ...]
+) -> tuple[Kernel | None, list[tuple[str, str]]]:
+    """The kernel for one node, and why those of higher priority refused.
+
+    Args:
+        op: the semantic op of the node.
+        device: where the program will run.
+        args: the node's arguments, fake tensors in place of nodes.
+
+    Returns:
+        The first kernel that fits, or None to keep the op's plain body, and (kernel name, reason)
+        for each kernel of that op that was asked before and refused.
+    """
+    refusals: list[tuple[str, str]] = []
+    for kernel in KERNELS:
+        if kernel.op != op:
+            continue
+        reason = kernel.supports(device, args)
+        if reason is None:
+            return kernel, refusals
+        refusals.append((kernel.name, reason))
+    return None, refusals
+
+
+__all__ = ["KERNELS", "Kernel", "choose"]

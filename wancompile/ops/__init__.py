@@ -1,0 +1,20 @@
+"""The semantic ops: what a quantized program computes, in namespace `wancompile`.
+
+Importing this package defines them. The body of each is plain PyTorch and is three things at once:
+the meaning of the op, its implementation wherever no kernel fits, and the oracle of the kernels'
+tests. All of them return contiguous tensors, whatever the strides of their inputs.
+"""
+
+from wancompile.ops.attention import scaled_attention
+from wancompile.ops.linear import scaled_linear
+from wancompile.ops.observe import observe_channels, observe_heads
+from wancompile.ops.quantize import quantize_per_head, quantize_per_token
+
+__all__ = [
+    "observe_channels",
+    "observe_heads",
+    "quantize_per_head",
+    "quantize_per_token",
+    "scaled_attention",
+    "scaled_linear",
+]

@@ -1,0 +1,164 @@
+"""Streaming observers: they write statistics of the tensors that pass into buffers given to them.
+
+Nothing here makes the host wait for the device. The buffers are declared as mutated, so dead code
+elimination keeps the nodes although they return nothing.
+"""
+
+import torch
+from torch import Tensor
+
+from wancompile.ops.check import require
+from wancompile.quant.numerics import absmax
+
+
+@torch.library.custom_op(
+    "wancompile::observe_channels", mutates_args=("amax", "count", "sample", "priority")
+)
+def observe_channels(
+    x: Tensor,
+    amax: Tensor,
+    count: Tensor,
+    sample: Tensor,
+    priority: Tensor,
+    label: Tensor,
+    seed: int,
+) -> None:
+    """Record per-channel maxima and a uniform sample of the rows of `x`.
+
+    A row equal to the one before it (in the same batch element) counts once and is sampled at most
+    once, because text is padded with hundreds of equal rows that would crowd out the words.
+
+    Args:
+        x: `[..., C]`, any float dtype. Its rows are the tokens; dims before the last two are batch.
+        amax: `[L, C]` fp32, starts at 0. Line `label` rises to the largest magnitude of every
+            channel. A NaN stays NaN for good.
+        count: `[L]` int64, starts at 0. Line `label` grows by the distinct rows.
+        sample: `[R, C]`, any float dtype. Row i is meaningful where `priority[i]` is finite.
+        priority: `[R]` float, starts at +infinity, ascending. float64 has no ties in practice.
+        label: int64 scalar tensor, which line of `amax` and `count` this call belongs to.
+        seed: picks the sample. Distinct row number n, over all labels, gets the pseudo-random
+            priority `hash(seed, n)`, and the R smallest are kept (bottom-k sampling, Cohen & Kaplan
+            2007). The same rows in the same order give the same sample however they are batched,
+            and two samples with different seeds merge into the R smallest of both.
+    """
+    _check_channels(x, amax, count, sample, priority, label)
+    line = label.reshape(1)
+    rows = x.reshape(-1, x.shape[-1])
+    _raise_line(amax, line, absmax(rows, 0))
+    fresh = _differs_from_previous(x)
+    number = count.sum() + fresh.cumsum(0) - 1
+    drawn = _uniform(number, seed).masked_fill_(~fresh, torch.inf)
+    count.index_add_(0, line, fresh.sum().reshape(1))
+    _keep_lowest(sample, priority, rows, drawn.to(priority.dtype))
+
+
+@observe_channels.register_fake
+def fake_observe_channels(
+    x: Tensor,
+    amax: Tensor,
+    count: Tensor,
+    sample: Tensor,
+    priority: Tensor,
+    label: Tensor,
+    seed: int,
+) -> None:
+    """Checks only: `observe_channels` returns nothing."""
+    _check_channels(x, amax, count, sample, priority, label)
+
+
+@torch.library.custom_op("wancompile::observe_heads", mutates_args=("amax",))
+def observe_heads(x: Tensor, amax: Tensor, label: Tensor) -> None:
+    """Raise line `label` of `amax [L, H, D]` (fp32) to the largest magnitudes of `x` over tokens.
+
+    Per channel, not per head: smoothing scales the channels of v after it was observed.
+
+    Args:
+        x: `[B, H, S, D]`, any float dtype.
+        amax: `[L, H, D]` fp32, starts at 0. A NaN stays NaN for good.
+        label: int64 scalar tensor.
+    """
+    _check_heads(x, amax, label)
+    _raise_line(amax, label.reshape(1), absmax(x, (0, 2)))
+
+
+@observe_heads.register_fake
+def fake_observe_heads(x: Tensor, amax: Tensor, label: Tensor) -> None:
+    """Checks only: `observe_heads` returns nothing."""
+    _check_heads(x, amax, label)
+
+
+def _raise_line(amax: Tensor, line: Tensor, values: Tensor) -> None:
+    # Plain indexing with a scalar tensor reads it on the host; index_select and index_copy_ do not.
+    raised = torch.maximum(amax.index_select(0, line), values.to(amax.dtype))
+    amax.index_copy_(0, line, raised)
+
+
+def _differs_from_previous(x: Tensor) -> Tensor:
+    """Bool `[rows]`: False where a row of `x [..., S, C]` equals the row before it."""
+    tokens = x.reshape(-1, *x.shape[-2:]) if x.dim() > 1 else x.reshape(1, 1, -1)
+    fresh = torch.ones(tokens.shape[:2], dtype=torch.bool, device=x.device)
+    fresh[:, 1:] = (tokens[:, 1:] != tokens[:, :-1]).any(-1)
+    return fresh.flatten()
+
+
+def _keep_lowest(sample: Tensor, priority: Tensor, rows: Tensor, drawn: Tensor) -> None:
+    size = sample.shape[0]
+    best, index = drawn.topk(min(size, rows.shape[0]), largest=False)
+    entrants = rows.index_select(0, index).to(sample.dtype)
+    kept, order = torch.cat([priority, best]).topk(size, largest=False)
+    sample.copy_(torch.cat([sample, entrants]).index_select(0, order))
+    priority.copy_(kept)
+
+
+def _uniform(number: Tensor, seed: int) -> Tensor:
+    """float64 in [0, 1) from int64 counters: SplitMix64 (Steele, Lea & Flood 2014).
+
+    int64 products wrap, as the generator wants it; only right shifts have to be made logical.
+    """
+    state = (number + 1) * _signed(0x9E3779B97F4A7C15) + _signed(_mix(seed))
+    state = (state ^ _shift_right(state, 30)) * _signed(_MIX1)
+    state = (state ^ _shift_right(state, 27)) * _signed(_MIX2)
+    state = state ^ _shift_right(state, 31)
+    return _shift_right(state, 11).to(torch.float64) * 2.0**-53
+
+
+_MIX1, _MIX2, _MASK = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB, (1 << 64) - 1
+
+
+def _mix(word: int) -> int:
+    """SplitMix64's finalizer on a Python int, so that neighbouring seeds start far apart."""
+    word &= _MASK
+    word = (word ^ word >> 30) * _MIX1 & _MASK
+    word = (word ^ word >> 27) * _MIX2 & _MASK
+    return word ^ word >> 31
+
+
+def _signed(word: int) -> int:
+    return word - (1 << 64) if word >> 63 else word
+
+
+def _shift_right(words: Tensor, bits: int) -> Tensor:
+    return (words >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _check_channels(
+    x: Tensor, amax: Tensor, count: Tensor, sample: Tensor, priority: Tensor, label: Tensor
+) -> None:
+    fits = x.dim() >= 1 and amax.dim() == sample.dim() == 2 and label.dtype == torch.int64
+    fits = fits and amax.shape[1] == sample.shape[1] == x.shape[-1] and label.numel() == 1
+    fits = fits and amax.dtype == torch.float32
+    fits = fits and count.dtype == torch.int64 and count.shape == amax.shape[:1]
+    fits = fits and priority.is_floating_point() and priority.shape == sample.shape[:1]
+    need = (
+        "x float[..., C], amax float32[L, C], count int64[L], sample float[R, C], "
+        "priority float[R], label int64[]"
+    )
+    require(fits, "observe_channels", need, x, amax, count, sample, priority, label)
+
+
+def _check_heads(x: Tensor, amax: Tensor, label: Tensor) -> None:
+    fits = x.dim() == 4 and amax.dim() == 3 and amax.shape[1:] == (x.shape[1], x.shape[3])
+    fits = fits and label.dtype == torch.int64 and label.numel() == 1
+    require(
+        fits, "observe_heads", "x float[B, H, S, D], amax [L, H, D], label int64[]", x, amax, label
+    )

@@ -1,0 +1,1 @@
+"""8-bit numbers: the quantized tensor, the reference arithmetic, and calibration statistics."""

@@ -1,0 +1,113 @@
+"""Choosing a smooth scale for a group from sampled tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from wancompile.quant.numerics import absmax, absmax_scale, quantize
+
+# Output channels on which candidates are scored. Each has its own scale, so they are independent,
+# and a thousand of them rank candidates as well as all.
+_SCORED_ROWS = 1024
+_LIMIT = 1e4
+
+
+@dataclass(frozen=True, eq=False)
+class Candidate:
+    """A smooth scale `s [K]` fp32 > 0, and the exponents that made it."""
+
+    alpha: float
+    beta: float
+    scale: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Choice:
+    """The best candidate, with errors measured on tokens that did not choose it."""
+
+    best: Candidate
+    error_plain: float
+    error_smoothed: float
+
+    @property
+    def helps(self) -> bool:
+        """Whether smoothing lowered the error."""
+        return self.error_smoothed < self.error_plain
+
+
+def choose(
+    amax: Tensor, weight: Tensor, tokens: Tensor, dtype: torch.dtype, steps: int = 20
+) -> Choice | None:
+    """Search `s = amax_x ** alpha / amax_w ** beta` (Xiao et al. 2023, "SmoothQuant", eq. 4).
+
+    Args:
+        amax: `[K]` fp32, largest magnitude of each input channel over all calibration tokens.
+        weight: `[N, K]` fp32, all linears of the group stacked.
+        tokens: `[R, K]`, sampled inputs. Even ones choose the scale, odd ones judge it.
+        dtype: int8 or e4m3, of weights (per output channel) and activations (per token).
+        steps: alpha runs over `steps + 1` values from 0 to 1, with beta = 1 - alpha and beta = 0.
+
+    Returns:
+        The choice, or None where there are too few tokens to judge one.
+    """
+    if len(tokens) < 4:
+        return None
+    weight_amax = absmax(weight, 0)
+    rows = _spread_rows(weight)
+    training, held_out = tokens[0::2].float(), tokens[1::2].float()
+    candidates = list(_candidates(amax, weight_amax, steps))
+    errors = [output_error(training, rows, dtype, one.scale) for one in candidates]
+    best = candidates[min(range(len(errors)), key=errors.__getitem__)]
+    return Choice(
+        best,
+        output_error(held_out, rows, dtype, None),
+        output_error(held_out, rows, dtype, best.scale),
+    )
+
+
+def output_error(x: Tensor, weight: Tensor, dtype: torch.dtype, scale: Tensor | None) -> float:
+    """Relative L2 error of `x @ weight.T` when both are quantized after dividing x by `scale`."""
+    exact = x @ weight.T
+    if scale is not None:
+        x, weight = x / scale, weight * scale
+    difference = _rounded(x, dtype) @ _rounded(weight, dtype).T - exact
+    return float(difference.norm() / exact.norm().clamp_min(torch.finfo(torch.float32).tiny))
+
+
+def _rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
+    scale = absmax_scale(x, -1, dtype)
+    return quantize(x, scale, dtype).float() * scale
+
+
+def _spread_rows(weight: Tensor) -> Tensor:
+    stride = -(-weight.shape[0] // _SCORED_ROWS)
+    return weight[::stride]
+
+
+def _candidates(amax: Tensor, weight_amax: Tensor, steps: int) -> Iterator[Candidate]:
+    for index in range(1, steps + 1):
+        alpha = index / steps
+        for beta in dict.fromkeys((round(1 - alpha, 6), 0.0)):
+            yield Candidate(alpha, beta, smooth_scale(amax, weight_amax, alpha, beta))
+
+
+def smooth_scale(amax: Tensor, weight_amax: Tensor, alpha: float, beta: float) -> Tensor:
+    """Return `amax ** alpha / weight_amax ** beta` with geometric mean 1; 1 where either is 0.
+
+    The common factor of s cancels in the product, so it is taken out: scales near 1 keep folded
+    weights in the range of their type.
+    """
+    live = (amax > 0) & (weight_amax > 0)
+    logs = alpha * amax.clamp_min(1e-30).log() - beta * weight_amax.clamp_min(1e-30).log()
+    logs = torch.where(live, logs, 0.0)
+    logs = torch.where(live, logs - logs.sum() / live.sum().clamp_min(1), 0.0)
+    return logs.exp().clamp(1 / _LIMIT, _LIMIT)
+
+
+def stack_weights(weights: Sequence[Tensor]) -> Tensor:
+    """Return the weights `[N_i, K]` of a group as one `[sum N_i, K]`."""
+    return weights[0] if len(weights) == 1 else torch.cat(list(weights))

@@ -1,0 +1,143 @@
+"""Stats: what calibration learned, mergeable and saved as safetensors."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from wancompile.errors import CalibrationError
+from wancompile.ir.site import Site
+
+FORMAT = "wancompile-stats-1"
+
+
+@dataclass(frozen=True, eq=False)
+class ChannelStats:
+    """Statistics of one producer value `[..., C]`, over L ranges of timesteps.
+
+    `amax [L, C]` fp32: largest magnitude per channel; `count [L]` int64: distinct rows seen;
+    `sample [R, C]`: a uniform sample of at most R distinct rows, `priority [R]` fp64 ascending.
+    """
+
+    amax: Tensor
+    count: Tensor
+    sample: Tensor
+    priority: Tensor
+
+    def merge(self, other: ChannelStats) -> ChannelStats:
+        """Return the statistics of both data sets together, as if seen by one observer."""
+        limit = max(len(self.priority), len(other.priority))
+        priority, order = torch.cat([self.priority, other.priority]).sort()
+        sample = torch.cat([self.sample, other.sample])[order]
+        return ChannelStats(
+            torch.maximum(self.amax, other.amax),
+            self.count + other.count,
+            sample[:limit],
+            priority[:limit],
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class HeadStats:
+    """Statistics of one attention operand `[B, H, S, D]`: `amax [L, H, D]` fp32."""
+
+    amax: Tensor
+
+    def merge(self, other: HeadStats) -> HeadStats:
+        """Return the statistics of both data sets together."""
+        return HeadStats(torch.maximum(self.amax, other.amax))
+
+
+@dataclass(frozen=True, eq=False)
+class Stats:
+    """Everything calibration learned about a model.
+
+    `channels` is keyed by the observer site of a group, `heads` by the site of an attention and
+    the operand (`"q"`, `"k"`, `"v"`). `edges` are the L + 1 bounds of the timestep ranges, `calls`
+    the number of forwards, `seeds` those that drew the samples.
+    """
+
+    channels: Mapping[Site, ChannelStats]
+    heads: Mapping[tuple[Site, str], HeadStats] = field(default_factory=dict)
+    edges: tuple[float, ...] = (0.0, 1000.0)
+    calls: int = 0
+    seeds: tuple[int, ...] = ()
+
+    def merge(self, other: Stats) -> Stats:
+        """Return the statistics of both runs together.
+
+        Raises:
+            CalibrationError: the runs observed other sites or ranges, or drew with the same seed,
+                which would sample the same positions twice.
+        """
+        if self.edges != other.edges or self.channels.keys() != other.channels.keys():
+            raise CalibrationError("statistics of different models or ranges cannot be merged")
+        if set(self.seeds) & set(other.seeds):
+            raise CalibrationError("both runs drew with the same seed: give each its own")
+        return Stats(
+            {site: mine.merge(other.channels[site]) for site, mine in self.channels.items()},
+            {key: mine.merge(other.heads[key]) for key, mine in self.heads.items()},
+            self.edges,
+            self.calls + other.calls,
+            self.seeds + other.seeds,
+        )
+
+    def save(self, path: str | Path) -> None:
+        """Write the statistics to `path` as safetensors."""
+        tensors = {}
+        for site, one in self.channels.items():
+            for name in ("amax", "count", "sample", "priority"):
+                tensors[f"channels/{site}/{name}"] = getattr(one, name).cpu().contiguous()
+        for (site, operand), head in self.heads.items():
+            tensors[f"heads/{site}/{operand}"] = head.amax.cpu().contiguous()
+        facts = {"edges": self.edges, "calls": self.calls, "seeds": self.seeds}
+        save_file(tensors, str(path), metadata={"format": FORMAT, "facts": json.dumps(facts)})
+
+    @classmethod
+    def load(cls, path: str | Path) -> Stats:
+        """Read statistics written by `save`.
+
+        Raises:
+            CalibrationError: the file is not one of ours, or of another format.
+        """
+        try:
+            with safe_open(str(path), framework="pt") as file:
+                metadata = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except Exception as error:
+            raise CalibrationError(f"{path} cannot be read as safetensors: {error}") from error
+        if metadata.get("format") != FORMAT:
+            raise CalibrationError(f"{path} holds no statistics of format {FORMAT}")
+        facts = json.loads(metadata["facts"])
+        return cls(
+            _channels(tensors),
+            _heads(tensors),
+            tuple(facts["edges"]),
+            facts["calls"],
+            tuple(facts["seeds"]),
+        )
+
+
+def _channels(tensors: Mapping[str, Tensor]) -> dict[Site, ChannelStats]:
+    names = {name.split("/")[1] for name in tensors if name.startswith("channels/")}
+    parts = ("amax", "count", "sample", "priority")
+    return {
+        Site.parse(name): ChannelStats(*(tensors[f"channels/{name}/{part}"] for part in parts))
+        for name in sorted(names)
+    }
+
+
+def _heads(tensors: Mapping[str, Tensor]) -> dict[tuple[Site, str], HeadStats]:
+    found = {}
+    for name, amax in tensors.items():
+        if name.startswith("heads/"):
+            _, site, operand = name.split("/")
+            found[Site.parse(site), operand] = HeadStats(amax)
+    return found

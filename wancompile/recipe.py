@@ -1,0 +1,134 @@
+"""Recipes: what to quantize, into what, with which exceptions. Frozen, and JSON both ways."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+
+from wancompile.errors import RecipeError
+from wancompile.ir.site import Group
+
+DTYPES: dict[str, torch.dtype] = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
+
+
+@dataclass(frozen=True)
+class QSpec:
+    """How the linears of a group are quantized.
+
+    `dtype` is "int8" or "fp8" (e4m3); weights per output channel, activations per token. `smooth`
+    allows a smooth scale where calibration shows that it lowers the error.
+    """
+
+    dtype: str
+    smooth: bool = True
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise RecipeError(f"unknown type {self.dtype!r}; there are {', '.join(DTYPES)}")
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The storage type."""
+        return DTYPES[self.dtype]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """An exception: groups whose role or any member matches the glob `pattern` get `spec`.
+
+    `spec=None` leaves them in floating point.
+    """
+
+    pattern: str
+    spec: QSpec | None
+
+    def matches(self, group: Group) -> bool:
+        """Whether the rule speaks of `group`."""
+        return any(fnmatchcase(name, self.pattern) for name in (group.role, *group.members))
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A whole recipe.
+
+    `linears` holds for every group; later `rules` override earlier ones and the default.
+    `attention` is the type of self-attention's q and k: None keeps it in floating point.
+    """
+
+    name: str
+    linears: QSpec | None
+    rules: tuple[Rule, ...] = ()
+    attention: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.attention is not None and self.attention not in DTYPES:
+            raise RecipeError(f"unknown attention type {self.attention!r}")
+
+    def spec_for(self, group: Group) -> QSpec | None:
+        """Return how `group` is quantized, or None."""
+        spec = self.linears
+        for rule in self.rules:
+            if rule.matches(group):
+                spec = rule.spec
+        return spec
+
+    def check(self, groups: Sequence[Group]) -> None:
+        """Raise `RecipeError`, with the nearest misses, if a rule matches no group."""
+        names = sorted({name for group in groups for name in (str(group.role), *group.members)})
+        for rule in self.rules:
+            if not any(rule.matches(group) for group in groups):
+                raise RecipeError(
+                    f"the rule {rule.pattern!r} matches no group; "
+                    f"nearest are {', '.join(_nearest(rule.pattern, names))}"
+                )
+
+    def with_rules(self, rules: Iterable[Rule]) -> Recipe:
+        """Return this recipe with more rules at its end."""
+        return Recipe(self.name, self.linears, (*self.rules, *rules), self.attention)
+
+    def to_json(self) -> str:
+        """Return the recipe as JSON."""
+        return json.dumps(asdict(self), indent=2)
+
+    @classmethod
+    def from_json(cls, text: str) -> Recipe:
+        """Return the recipe that `to_json` wrote; raise `RecipeError` for anything else."""
+        try:
+            data: dict[str, Any] = json.loads(text)
+            rules = tuple(Rule(one["pattern"], _spec(one["spec"])) for one in data["rules"])
+            return cls(data["name"], _spec(data["linears"]), rules, data["attention"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise RecipeError(f"this is no recipe: {error}") from error
+
+
+def _spec(data: dict[str, Any] | None) -> QSpec | None:
+    return None if data is None else QSpec(**data)
+
+
+def _nearest(pattern: str, names: Sequence[str]) -> list[str]:
+    plain = pattern.replace("*", "")
+    return difflib.get_close_matches(plain, names, n=3, cutoff=0.0) or list(names[:3])
+
+
+RECIPES: dict[str, Recipe] = {
+    "int8": Recipe("int8", QSpec("int8")),
+    "fp8": Recipe("fp8", QSpec("fp8")),
+    "int8-attention": Recipe("int8-attention", QSpec("int8"), attention="int8"),
+    "fp8-attention": Recipe("fp8-attention", QSpec("fp8"), attention="fp8"),
+}
+
+
+def resolve(recipe: str | Recipe) -> Recipe:
+    """Return a recipe given by name or as it is."""
+    if isinstance(recipe, Recipe):
+        return recipe
+    if recipe not in RECIPES:
+        near = difflib.get_close_matches(recipe, RECIPES, n=1, cutoff=0.0)
+        raise RecipeError(f"no recipe {recipe!r}; there are {', '.join(RECIPES)} (nearest: {near[0]})")
+    return RECIPES[recipe]
