@@ -23,7 +23,12 @@ from wancompile.ir.levels import Level
 aten = torch.ops.aten
 
 # What folds insert. Slices of tables and the like would only be copied, so they stay.
-_FOLDED = (aten.mul.Tensor, aten.to.dtype, aten.unsqueeze.default)
+_FOLDED = (
+    aten.mul.Tensor,
+    aten.to.dtype,
+    aten.unsqueeze.default,
+    aten.constant_pad_nd.default,
+)
 
 
 @dataclass(frozen=True)

@@ -179,10 +179,12 @@ def apply(draft: Draft, found: ValueRows, inverse: Node) -> None:
 def _padded(draft: Draft, inverse: Node, linear: Node, offset: int) -> Node:
     """Return 1/s for every row of the linear: ones for rows that are not value rows."""
     total, width = int(match.shape(linear)[-1]), int(match.shape(inverse)[0])
-    values = draft.state[str(inverse.target)]
-    full = torch.ones(total, dtype=torch.float32, device=values.device)
-    full[offset : offset + width] = values
-    return draft.store(f"{inverse.target}_rows", full, before=linear)
+    if total == width:
+        return inverse
+    pads = [offset, total - offset - width]
+    return draft.call(
+        aten.constant_pad_nd.default, inverse, pads, 1.0, before=linear, like=linear
+    )
 
 
 def _scaled(draft: Draft, linear: Node, operand: Any, factor: Node) -> Node:
