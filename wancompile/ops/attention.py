@@ -4,13 +4,11 @@ import torch
 from torch import Tensor
 
 from wancompile.ops.check import is_8bit, is_scale, require
+from wancompile.ops.chunk import row_chunks
 from wancompile.quant.numerics import FP8, decode
 
 P_RANGE = 256.0
 """Probabilities are stored times 2**8: a power of two, so exact, and the largest one below 448."""
-
-_CPU_LOGITS = 1 << 20  # 4 MiB of fp32: the chunk of logits at work stays in a cache
-_GPU_LOGITS = 1 << 26  # 256 MiB of fp32: enough work for every launch
 
 
 @torch.library.custom_op("wancompile::scaled_attention", mutates_args=())
@@ -47,10 +45,7 @@ def scaled_attention(
     out_scale = v_scale[:, None, None] / P_RANGE
     out = torch.empty_like(q, dtype=out_dtype, memory_format=torch.contiguous_format)
     batch, heads, tokens, _ = q.shape
-    logits_at_once = _CPU_LOGITS if q.device.type == "cpu" else _GPU_LOGITS
-    step = max(1, logits_at_once // max(1, batch * heads * k.shape[2]))
-    for start in range(0, tokens, step):
-        rows = slice(start, start + step)
+    for rows in row_chunks(tokens, batch * heads * k.shape[2], q.device):
         logits = (decode(q[:, :, rows]) @ keys).mul_(logit_scale)
         out[:, :, rows] = _attend(logits, values).mul_(out_scale)
     return out

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from wancompile.ops.check import is_8bit, is_scale, require
+from wancompile.ops.chunk import row_chunks
 from wancompile.quant.numerics import INT8, QMAX, decode
 
 EXACT_K = (1 << 24) // QMAX[INT8] ** 2
@@ -36,9 +37,13 @@ def scaled_linear(
         products are exact in fp32 and summed there. The epilogue is fp32, in the order above.
     """
     check_scaled_linear(x, x_scale, weight, weight_scale, bias, out_dtype)
-    rows = x.reshape(-1, x.shape[-1])
-    product = int8_matmul(rows, weight) if x.dtype == INT8 else decode(rows) @ decode(weight).t()
-    out = epilogue(product, x_scale, weight_scale, bias, out_dtype)
+    tokens, scales = x.reshape(-1, x.shape[-1]), x_scale.reshape(-1, 1)
+    multiplier = weight.contiguous() if x.dtype == INT8 else decode(weight)
+    multiply = int8_matmul if x.dtype == INT8 else _fp8_matmul
+    out = x.new_empty((tokens.shape[0], weight.shape[0]), dtype=out_dtype)
+    for rows in row_chunks(out.shape[0], out.shape[1], x.device):
+        product = multiply(tokens[rows], multiplier)
+        out[rows] = epilogue(product, scales[rows], weight_scale, bias, out_dtype)
     return out.view(*x.shape[:-1], weight.shape[0])
 
 
@@ -88,6 +93,10 @@ def int8_matmul(x: Tensor, weight: Tensor) -> Tensor:
         columns = slice(start, start + EXACT_K)
         total += (decode(x[:, columns]) @ decode(weight[:, columns]).t()).to(torch.int32)
     return total
+
+
+def _fp8_matmul(x: Tensor, decoded_weight: Tensor) -> Tensor:
+    return decode(x) @ decoded_weight.t()
 
 
 def epilogue(

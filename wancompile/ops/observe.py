@@ -159,6 +159,6 @@ def _check_channels(
 def _check_heads(x: Tensor, amax: Tensor, label: Tensor) -> None:
     fits = x.dim() == 4 and amax.dim() == 3 and amax.shape[1:] == (x.shape[1], x.shape[3])
     fits = fits and label.dtype == torch.int64 and label.numel() == 1
-    require(
-        fits, "observe_heads", "x float[B, H, S, D], amax [L, H, D], label int64[]", x, amax, label
-    )
+    fits = fits and amax.dtype == torch.float32
+    need = "x float[B, H, S, D], amax float32[L, H, D], label int64[]"
+    require(fits, "observe_heads", need, x, amax, label)

@@ -1,0 +1,177 @@
+"""Which kernel a node gets, and that every kernel keeps the contract of the op it stands for."""
+
+import inspect
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+from wancompile import kernels, ops
+from wancompile.kernels import KERNELS, base, choose, torch_attention, torch_linear
+from wancompile.ops import linear
+from wancompile.quant.numerics import FP8, INT8
+
+CUDA = torch.device("cuda")
+CPU = torch.device("cpu")
+LINEAR = torch.ops.wancompile.scaled_linear.default
+ATTENTION = torch.ops.wancompile.scaled_attention.default
+
+
+def linear_args(dtype: torch.dtype, k: int = 64, n: int = 32, m: int = 5) -> tuple:
+    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    x, w = empty(m, k, dtype=dtype), empty(n, k, dtype=dtype)
+    return x, empty(m, 1), w, empty(n, 1), None, torch.bfloat16
+
+
+def attention_args(head_size: int = 64) -> tuple:
+    q = torch.empty(1, 2, 3, head_size, dtype=INT8, device="meta")
+    v, scale = q.to(FP8), torch.empty(2, device="meta")
+    return q, q, v, scale, scale, scale, 0.1, torch.bfloat16
+
+
+@pytest.fixture
+def hopper(monkeypatch):
+    monkeypatch.setattr(base, "capability", lambda device: (9, 0))
+
+
+def give(monkeypatch, capability):
+    monkeypatch.setattr(base, "capability", lambda device: capability)
+
+
+@pytest.mark.usefixtures("hopper")
+@pytest.mark.parametrize(
+    ("op", "args", "name"),
+    [
+        (LINEAR, linear_args(FP8), "fp8_linear_scaled_mm"),
+        (LINEAR, linear_args(INT8, k=72, n=8), "int8_linear_int_mm"),
+        (ATTENTION, attention_args(), "attention_dequantize_sdpa"),
+    ],
+)
+def test_hopper_gets_a_kernel(op, args, name):
+    kernel, _ = choose(op, CUDA, args)
+    assert kernel is not None
+    assert kernel.name == name
+
+
+@pytest.mark.parametrize(
+    ("capability", "op", "args", "name", "reason"),
+    [
+        ((8, 6), LINEAR, linear_args(FP8), "fp8_linear_scaled_mm", "capability 8.9, not 8.6"),
+        ((7, 5), LINEAR, linear_args(INT8), "int8_linear_int_mm", "capability 8.0, not 7.5"),
+        ((9, 0), LINEAR, linear_args(FP8, k=72), "fp8_linear_scaled_mm", "K=72 is not a mult"),
+        ((9, 0), LINEAR, linear_args(FP8, n=8), "fp8_linear_scaled_mm", "N=8 is not a multiple"),
+        ((9, 0), LINEAR, linear_args(INT8, n=4), "int8_linear_int_mm", "N=4 is not a multiple"),
+        ((9, 0), LINEAR, linear_args(INT8, n=4), "fp8_linear_scaled_mm", "takes torch.float8"),
+        ((7, 0), ATTENTION, attention_args(), "attention_dequantize_sdpa", "capability 8.0"),
+        ((9, 0), ATTENTION, attention_args(12), "attention_dequantize_sdpa", "head size=12"),
+        (None, ATTENTION, attention_args(), "attention_dequantize_sdpa", "needs a CUDA device"),
+    ],
+)
+def test_a_kernel_that_does_not_fit_says_why(monkeypatch, capability, op, args, name, reason):
+    give(monkeypatch, capability)
+    kernel, refusals = choose(op, CUDA, args)
+    assert kernel is None
+    assert reason in dict(refusals)[name]
+
+
+def test_a_cpu_keeps_the_plain_bodies():
+    assert base.capability(CPU) is None
+    for op, args in [(LINEAR, linear_args(FP8)), (ATTENTION, attention_args())]:
+        kernel, refusals = choose(op, CPU, args)
+        assert kernel is None
+        assert all(reason == "needs a CUDA device, not cpu" for _, reason in refusals)
+    no_kernels = choose(torch.ops.wancompile.quantize_per_head.default, CPU, ())
+    assert no_kernels == (None, [])
+
+
+@pytest.mark.usefixtures("hopper")
+def test_the_first_fitting_kernel_of_the_table_wins(monkeypatch):
+    real = torch_linear.INT8_LINEAR_INT_MM
+    first = base.Kernel("first", LINEAR, real.impl, lambda device, args: None)
+    refusing = base.Kernel("refusing", LINEAR, real.impl, lambda device, args: "it is a test")
+    monkeypatch.setattr(kernels, "KERNELS", (refusing, first, real))
+    assert choose(LINEAR, CUDA, linear_args(INT8)) == (first, [("refusing", "it is a test")])
+
+
+@pytest.mark.usefixtures("hopper")
+def test_symbolic_tokens_are_no_obstacle_and_symbolic_features_are():
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+    x, *rest = linear_args(INT8, m=48)
+    x = mode.from_tensor(torch.empty(48, 64, dtype=INT8))
+    assert not isinstance(x.shape[0], int)
+    kernel, _ = choose(LINEAR, CUDA, (x, *rest))
+    assert kernel is torch_linear.INT8_LINEAR_INT_MM
+    rest[1] = mode.from_tensor(torch.empty(40, 64, dtype=INT8))
+    assert dict(choose(LINEAR, CUDA, (x, *rest))[1])["int8_linear_int_mm"] == "K is not static"
+
+
+@pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.name)
+def test_a_kernel_has_the_schema_of_its_op(kernel):
+    assert kernel.impl.namespace == "wancompile_kernels"
+    assert kernel.impl._schema.name == f"wancompile_kernels::{kernel.name}"
+    ours, theirs = (str(op._schema).split("(", 1)[1] for op in (kernel.impl, kernel.op))
+    assert ours == theirs
+
+
+def test_names_are_unique_and_documented():
+    assert len({kernel.name for kernel in KERNELS}) == len(KERNELS)
+    for module in (torch_linear, torch_attention):
+        assert inspect.getdoc(module)
+
+
+def operands(dtype: torch.dtype, m: int, k: int, n: int) -> tuple:
+    x, w = torch.randn(m, k), torch.randn(n, k)
+    x[:, 3] *= 40
+    quantized = [ops.quantize_per_token(t, None, dtype) for t in (x, w)]
+    return *quantized[0], *quantized[1], torch.randn(n)
+
+
+@pytest.mark.skipif(not linear._int_mm_is_exact(), reason="this CPU's torch._int_mm saturates")
+@pytest.mark.parametrize("m", [1, 16, 17, 40])
+def test_int_mm_kernel_is_the_plain_body_bit_for_bit(m):
+    args = *operands(INT8, m, 16, 24), torch.float32
+    assert torch.equal(torch_linear.int8_linear_int_mm(*args), ops.scaled_linear(*args))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_scaled_mm_kernel_is_the_plain_body_to_bf16(bias):
+    args = [*operands(FP8, 6, 32, 16), torch.float32]
+    if not bias:
+        args[4] = None
+    out, plain = torch_linear.fp8_linear_scaled_mm(*args), ops.scaled_linear(*args)
+    torch.testing.assert_close(out, plain, rtol=2**-7, atol=2**-7)
+
+
+def test_sdpa_kernel_is_near_the_plain_body():
+    q, k, v = torch.randn(3, 2, 4, 50, 16)
+    scale = torch.full((4,), 4.0)
+    q8, k8 = (ops.quantize_per_head(t, scale / 127, INT8) for t in (q, k))
+    v8 = ops.quantize_per_head(v, scale / 448, FP8)
+    args = q8, k8, v8, scale / 127, scale / 127, scale / 448, 0.25, torch.float32
+    out, plain = torch_attention.attention_dequantize_sdpa(*args), ops.scaled_attention(*args)
+    assert (out - plain).norm() / plain.norm() < 0.03
+
+
+def test_kernel_fakes_tell_shapes():
+    args = linear_args(INT8)
+    for op in (torch_linear.int8_linear_int_mm, torch_linear.fp8_linear_scaled_mm):
+        out = op(*args)
+        assert (out.shape, out.dtype) == ((5, 32), torch.bfloat16)
+    out = torch_attention.attention_dequantize_sdpa(*attention_args())
+    assert (out.shape, out.dtype) == ((1, 2, 3, 64), torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("op", "args"),
+    [
+        (torch_linear.int8_linear_int_mm, (*operands(INT8, 5, 16, 8), torch.bfloat16)),
+        (torch_linear.fp8_linear_scaled_mm, (*operands(FP8, 5, 16, 16), torch.bfloat16)),
+    ],
+)
+def test_kernel_is_a_good_library_op(op, args):
+    # torch's schema check compares the arguments by allclose, which no CPU has for e4m3.
+    torch.library.opcheck(op, args, test_utils=("test_autograd_registration", "test_faketensor"))

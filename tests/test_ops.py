@@ -1,0 +1,234 @@
+"""The semantic ops against float64, and what torch asks of a library op."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+from wancompile import ops
+from wancompile.errors import InputError
+from wancompile.ops import chunk, linear
+from wancompile.quant.numerics import FP8, INT8, QMAX
+
+DTYPES = [INT8, FP8]
+SHAPES = [(1, 7, 3), (1, 1, 1), (2, 1, 4), (2, 16, 8), (33, 40, 24), (5, 2100, 9)]
+
+
+def random_8bit(*shape: int, dtype: torch.dtype) -> Tensor:
+    if dtype == INT8:
+        return torch.randint(-127, 128, shape, dtype=INT8)
+    return (torch.randn(shape) * 100).clamp(-448, 448).to(FP8)
+
+
+def linear_args(m: int, k: int, n: int, dtype: torch.dtype, bias: bool = True) -> tuple:
+    scales = torch.rand(m, 1) + 0.1, torch.rand(n, 1) + 0.1
+    x, w = random_8bit(m, k, dtype=dtype), random_8bit(n, k, dtype=dtype)
+    return x, scales[0], w, scales[1], torch.randn(n) if bias else None, torch.float32
+
+
+def attention_args(dtype: torch.dtype, b=2, h=3, sq=5, sk=7, d=8) -> tuple:
+    q, k = (random_8bit(b, h, s, d, dtype=dtype) for s in (sq, sk))
+    v = random_8bit(b, h, sk, d, dtype=FP8)
+    scales = [torch.rand(h) * 2 / QMAX[t] for t in (dtype, dtype, FP8)]
+    return q, k, v, *scales, d**-0.5, torch.float32
+
+
+OPCHECKS = [
+    *[(ops.quantize_per_token, (torch.randn(2, 3, 7), torch.rand(7), d)) for d in DTYPES],
+    (ops.quantize_per_token, (torch.randn(4, 6, dtype=torch.bfloat16).t(), None, INT8)),
+    *[(ops.quantize_per_head, (torch.randn(1, 2, 3, 4), torch.rand(2), d)) for d in DTYPES],
+    (ops.quantize_per_head, (torch.randn(1, 3, 2, 4).transpose(1, 2), torch.rand(2), INT8)),
+    *[(ops.scaled_linear, linear_args(3, 7, 5, d)) for d in DTYPES],
+    (ops.scaled_linear, linear_args(1, 8, 8, INT8, bias=False)),
+    *[(ops.scaled_attention, attention_args(d)) for d in DTYPES],
+]
+
+
+@pytest.mark.parametrize(("op", "args"), OPCHECKS)
+def test_op_is_a_good_library_op(op, args):
+    # torch's schema check compares the arguments by allclose, which no CPU has for e4m3.
+    takes_e4m3 = any(isinstance(arg, Tensor) and arg.dtype == FP8 for arg in args)
+    checks = ["test_schema", "test_autograd_registration", "test_faketensor"]
+    checks += ["test_aot_dispatch_dynamic"]
+    torch.library.opcheck(op, args, test_utils=checks[takes_e4m3:])
+
+
+@pytest.mark.parametrize("name", ops.__all__)
+def test_op_is_reachable_by_name(name):
+    assert getattr(torch.ops.wancompile, name).default is getattr(ops, name)._opoverload
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("source", [torch.float16, torch.bfloat16, torch.float32])
+def test_quantize_per_token_gives_back_the_smoothed_input(dtype, source):
+    x = torch.randn(2, 5, 33).to(source)
+    x[:, :, 4] *= 50
+    x[1, 3] = 0
+    inv_smooth = torch.rand(33) + 0.1
+    q, scale = ops.quantize_per_token(x, inv_smooth, dtype)
+    smoothed = x.double() * inv_smooth.double()
+    torch.testing.assert_close(
+        scale[x.any(-1)].double(),
+        smoothed.abs().amax(-1, keepdim=True)[x.any(-1)] / QMAX[dtype],
+        rtol=1e-6,
+        atol=0,
+    )
+    half_step = {INT8: 0.5 * scale, FP8: smoothed.abs() / 16 + scale / 1024}[dtype]
+    assert ((q.double() * scale.double() - smoothed).abs() <= half_step * 1.001).all()
+    assert (q.dtype, scale.dtype, scale.shape) == (dtype, torch.float32, (2, 5, 1))
+
+
+def test_quantize_per_head_saturates():
+    x = torch.tensor([1.0, -2.0, 1e6]).expand(1, 2, 1, 3)
+    q = ops.quantize_per_head(x, torch.tensor([1.0, 0.5]), INT8)
+    assert q[0, :, 0].tolist() == [[1, -2, 127], [2, -4, 127]]
+    q = ops.quantize_per_head(x, torch.tensor([1.0, 0.5]), FP8)
+    assert q[0, :, 0].float().tolist() == [[1, -2, 448], [2, -4, 448]]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("bias", [True, False])
+def test_scaled_linear_is_the_float64_linear(dtype, shape, bias):
+    x, x_scale, w, w_scale, b, _ = args = linear_args(*shape, dtype, bias)
+    expected = (x.double() * x_scale) @ (w.double() * w_scale).t()
+    size = (x.double() * x_scale).abs() @ (w.double() * w_scale).abs().t() + 1
+    expected = expected if b is None else expected + b
+    out = ops.scaled_linear(*args)
+    assert ((out - expected).abs() <= size * 1e-5).all()
+    assert ops.scaled_linear(*args[:-1], torch.bfloat16).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("exact", [True, False])
+@pytest.mark.parametrize("shape", [*SHAPES, (0, 8, 4), (64, 4096, 16)])
+def test_int8_accumulates_exactly(shape, exact, monkeypatch):
+    if not exact:
+        monkeypatch.setattr(linear, "_int_mm_is_exact", lambda: False)
+    m, k, n = shape
+    for x, w in [
+        (random_8bit(m, k, dtype=INT8), random_8bit(n, k, dtype=INT8)),
+        (torch.full((m, k), 127, dtype=INT8), torch.full((n, k), 127, dtype=INT8)),
+        (torch.full((m, k), 127, dtype=INT8), torch.full((n, k), -127, dtype=INT8)),
+    ]:
+        out = linear.int8_matmul(x, w)
+        assert out.dtype == torch.int32
+        assert torch.equal(out.long(), x.long() @ w.long().t())
+
+
+def test_scaled_linear_takes_any_leading_dims_and_strides():
+    x, x_scale, w, w_scale, b, out_dtype = linear_args(12, 7, 5, INT8)
+    flat = ops.scaled_linear(x, x_scale, w, w_scale, b, out_dtype)
+    strided = x.reshape(4, 3, 7).transpose(0, 1), x_scale.reshape(4, 3, 1).transpose(0, 1)
+    out = ops.scaled_linear(*strided, w.t().contiguous().t(), w_scale, b, out_dtype)
+    assert torch.equal(out.transpose(0, 1), flat.reshape(4, 3, 5))
+    assert out.is_contiguous()
+
+
+def test_scaled_linear_shows_nan():
+    x, x_scale, w, w_scale, b, out_dtype = linear_args(3, 8, 8, FP8)
+    x_scale[1] = torch.nan
+    out = ops.scaled_linear(x, x_scale, w, w_scale, b, out_dtype)
+    assert out.isnan().all(1).tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_scaled_attention_is_float64_attention_but_for_the_rounding_of_p(dtype):
+    q, k, v, qs, ks, vs, scale, _ = args = attention_args(dtype, sq=37, sk=300, d=16)
+    qf, kf, vf = (t.double() * s.double()[:, None, None] for t, s in ((q, qs), (k, ks), (v, vs)))
+    p = torch.softmax(qf @ kf.transpose(-1, -2) * scale, -1)
+    error = (ops.scaled_attention(*args) - p @ vf).abs()
+    rounding = 2.0**-4 * p + 2.0**-18 * p.amax(-1, keepdim=True)  # e4m3 of 256 p / max(p)
+    assert (error <= 1.001 * rounding @ vf.abs() + 1e-5).all()
+
+
+def test_scaled_attention_is_exact_where_p_is():
+    q = torch.zeros(1, 1, 3, 8, dtype=INT8)
+    v = random_8bit(1, 1, 6, 8, dtype=FP8)
+    one = torch.ones(1)
+    out = ops.scaled_attention(q, random_8bit(1, 1, 6, 8, dtype=INT8), v, one, one, one, 1.0,
+                               torch.float32)  # fmt: skip
+    torch.testing.assert_close(out, v.float().mean(2, keepdim=True).expand(1, 1, 3, 8))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_ops_are_the_same_in_chunks(dtype, monkeypatch):
+    attention, linear = attention_args(dtype, sq=11), linear_args(11, 7, 5, dtype)
+    whole = ops.scaled_attention(*attention), ops.scaled_linear(*linear)
+    monkeypatch.setattr(chunk, "CPU_ELEMENTS", 100)
+    parts = ops.scaled_attention(*attention), ops.scaled_linear(*linear)
+    monkeypatch.setattr(chunk, "CPU_ELEMENTS", 1)
+    rows = ops.scaled_attention(*attention), ops.scaled_linear(*linear)
+    torch.testing.assert_close(parts, whole)
+    torch.testing.assert_close(rows, whole)
+
+
+def test_scaled_attention_shows_nan_and_is_contiguous():
+    q, k, v, *rest = attention_args(FP8)
+    v = v.clone()
+    v[0, 0, 0, 0] = torch.nan
+    q = q.transpose(1, 2).contiguous().transpose(1, 2)
+    out = ops.scaled_attention(q, k, v, *rest)
+    assert out.isnan().sum() == q.shape[2]
+    assert out.is_contiguous()
+
+
+@given(m=st.integers(1, 40), k=st.integers(1, 70), n=st.integers(1, 20))
+@settings(deadline=None, max_examples=30)
+def test_int8_linear_error_is_bounded_by_the_steps(m, k, n):
+    x = torch.randn(m, k, generator=torch.Generator().manual_seed(m * k * n))
+    w = torch.randn(n, k, generator=torch.Generator().manual_seed(k))
+    (q, qs), (p, ps) = (ops.quantize_per_token(t, None, INT8) for t in (x, w))
+    out = ops.scaled_linear(q, qs, p, ps, None, torch.float32)
+    dx, dw = qs / 2, ps / 2
+    bound = dx * w.abs().sum(1) + x.abs().sum(1, keepdim=True) * dw.t() + k * dx * dw.t()
+    assert ((out - x @ w.t()).abs() <= bound * 1.001 + 1e-5).all()
+
+
+WRONG = [
+    (ops.quantize_per_token, (torch.ones(2, 3), None, torch.int16)),
+    (ops.quantize_per_token, (torch.ones(2, 3), torch.ones(4), INT8)),
+    (ops.quantize_per_head, (torch.ones(2, 3, 4), torch.ones(3), INT8)),
+    (ops.scaled_linear, (*linear_args(2, 8, 4, INT8)[:2], *linear_args(2, 8, 4, FP8)[2:])),
+    (ops.scaled_linear, (*linear_args(2, 8, 4, INT8)[:2], *linear_args(2, 9, 4, INT8)[2:])),
+    (ops.scaled_linear, (*linear_args(2, 8, 4, INT8)[:5], torch.int8)),
+    (ops.scaled_attention, (*attention_args(INT8)[:2], *attention_args(INT8, sk=6)[2:])),
+]
+
+
+@pytest.mark.parametrize(("op", "args"), WRONG)
+def test_wrong_arguments_are_named_by_body_and_fake(op, args):
+    with pytest.raises(InputError, match=f"{op._name} needs .*, but got "):
+        op(*args)
+    mode = FakeTensorMode()
+    fakes = [mode.from_tensor(a) if isinstance(a, Tensor) else a for a in args]
+    with mode, pytest.raises(InputError, match=f"{op._name} needs"):
+        op(*fakes)
+
+
+class Chain(torch.nn.Module):
+    def forward(self, x, w, w_scale):
+        q, scale = torch.ops.wancompile.quantize_per_token(x, None, torch.int8)
+        return torch.ops.wancompile.scaled_linear(q, scale, w, w_scale, None, torch.float32)
+
+
+def test_leading_dims_stay_dynamic():
+    w, w_scale = random_8bit(5, 8, dtype=INT8), torch.rand(5, 1)
+    dynamic = {0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO}
+    program = torch.export.export(
+        Chain(), (torch.randn(3, 4, 8), w, w_scale), dynamic_shapes=(dynamic, None, None)
+    )
+    x = torch.randn(7, 2, 8)
+    assert torch.equal(program.module()(x, w, w_scale), Chain()(x, w, w_scale))
+    out = next(iter(program.graph.find_nodes(op="output"))).args[0][0]
+    assert [isinstance(size, int) for size in out.meta["val"].shape] == [False, False, True]
+
+
+def test_attention_tokens_stay_dynamic():
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+    args = [mode.from_tensor(a) if isinstance(a, Tensor) else a for a in attention_args(FP8)]
+    with mode:
+        out = ops.scaled_attention(*args)
+    assert (out.dtype, tuple(out.shape)) == (torch.float32, (2, 3, 5, 8))
