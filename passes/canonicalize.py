@@ -103,7 +103,7 @@ def _rename(draft: Draft, node: Node) -> None:
 
 
 def _reshape(draft: Draft, node: Node) -> None:
-    operand: Any = node.args[0]
+    operand: Any = match.args(node)[0]
     draft.replace_call(node, aten.reshape.default, operand, _sizes_asked_for(draft, node, operand))
 
 
@@ -116,12 +116,12 @@ def _sizes_asked_for(draft: Draft, node: Node, operand: Node) -> list[Any]:
         last = match.dim_of(match.arg(node, 2, "end_dim", -1), ndim)
         return [*kept.of(range(first)), -1, *kept.of(range(last + 1, ndim))]
     if match.is_op(node, aten.unflatten.int):
-        dim = match.dim_of(node.args[1], ndim)  # type: ignore[arg-type]
-        return [*kept.of(range(dim)), *node.args[2], *kept.of(range(dim + 1, ndim))]  # type: ignore[misc]
+        dim = match.dim_of(match.args(node)[1], ndim)
+        return [*kept.of(range(dim)), *match.args(node)[2], *kept.of(range(dim + 1, ndim))]
     if match.is_op(node, aten.view_as.default, aten.reshape_as.default):
-        other: Any = node.args[1]
+        other: Any = match.args(node)[1]
         return _Sizes(draft, node, other).of(range(match.rank(other)))
-    return list(node.args[1])  # type: ignore[arg-type]
+    return list(match.args(node)[1])
 
 
 @dataclass(frozen=True)
@@ -143,10 +143,10 @@ class _Sizes:
 
 
 def _permute(draft: Draft, node: Node) -> None:
-    operand: Any = node.args[0]
+    operand: Any = match.args(node)[0]
     order = list(range(match.rank(operand)))
     if match.is_op(node, aten.movedim.int):
-        source, target = (match.dim_of(d, len(order)) for d in node.args[1:3])
+        source, target = (match.dim_of(d, len(order)) for d in match.args(node)[1:3])
         order.insert(target, order.pop(source))
     else:
         a, b = _swapped(node, len(order))
@@ -156,12 +156,12 @@ def _permute(draft: Draft, node: Node) -> None:
 
 def _swapped(node: Node, ndim: int) -> tuple[int, int]:
     if len(node.args) == 3:
-        return match.dim_of(node.args[1], ndim), match.dim_of(node.args[2], ndim)
+        return match.dim_of(match.args(node)[1], ndim), match.dim_of(match.args(node)[2], ndim)
     return (0, 0) if ndim < 2 else (ndim - 2, ndim - 1)
 
 
 def _split(draft: Draft, node: Node) -> None:
-    operand: Any = node.args[0]
+    operand: Any = match.args(node)[0]
     dim = match.dim_of(match.arg(node, 2, "dim", 0), match.rank(operand))
     values: Sequence[torch.Tensor] = node.meta["val"]
     ends = _ends([value.shape[dim] for value in values])
@@ -179,7 +179,7 @@ def _ends(sizes: Sequence[Any]) -> list[int] | None:
 
 
 def _unbind(draft: Draft, node: Node) -> None:
-    operand: Any = node.args[0]
+    operand: Any = match.args(node)[0]
     dim = match.dim_of(match.arg(node, 1, "dim", 0), match.rank(operand))
     _take_parts(draft, node, lambda index: (aten.select.int, operand, dim, index))
 
@@ -188,7 +188,7 @@ def _take_parts(draft: Draft, node: Node, part: Callable[[int], tuple[Any, ...]]
     """Replace each `getitem` of a multi-output call by the call that yields this part alone."""
     for item in list(node.users):
         if match.is_getitem(item):
-            draft.replace_call(item, *part(int(item.args[1])))  # type: ignore[arg-type]
+            draft.replace_call(item, *part(int(match.args(item)[1])))
 
 
 def _narrow(draft: Draft, node: Node) -> None:
@@ -200,6 +200,6 @@ def _narrow(draft: Draft, node: Node) -> None:
 
 
 def _expand_as(draft: Draft, node: Node) -> None:
-    operand, other = node.args[0], node.args[1]
-    sizes = _Sizes(draft, node, other).of(range(match.rank(node)))  # type: ignore[arg-type]
+    operand, other = match.args(node)[0], match.args(node)[1]
+    sizes = _Sizes(draft, node, other).of(range(match.rank(node)))
     draft.replace_call(node, aten.expand.default, operand, sizes)

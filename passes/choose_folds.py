@@ -55,8 +55,8 @@ def weight_readers(nodes: Mapping[Site, Node]) -> Mapping[str, int]:
     """Return how many linears read each stored weight."""
     counts: dict[str, int] = {}
     for node in nodes.values():
-        if match.is_float_linear(node) and match.is_constant(node.args[1]):
-            name = str(node.args[1].target)  # type: ignore[union-attr]
+        if match.is_float_linear(node) and match.is_constant(match.args(node)[1]):
+            name = str(match.args(node)[1].target)
             counts[name] = counts.get(name, 0) + 1
     return counts
 
@@ -66,7 +66,7 @@ def _chosen(group: Group, nodes: Mapping[Site, Node], readers: Mapping[str, int]
         return replace(group, fold=Fold.QUANTIZE, fold_reason=_UNFOLDABLE[group.source])
     fold, find = _FINDERS[group.source]
     members = {nodes[site] for site in group.sites}
-    found = find(next(iter(members)).args[0], members)  # type: ignore[arg-type]
+    found = find(match.args(nodes[group.key])[0], members)
     if isinstance(found, str):
         return replace(group, fold=Fold.QUANTIZE, fold_reason=found)
     if isinstance(found, value_rows.ValueRows) and _shared(found, readers):
@@ -77,6 +77,6 @@ def _chosen(group: Group, nodes: Mapping[Site, Node], readers: Mapping[str, int]
 
 def _shared(found: value_rows.ValueRows, readers: Mapping[str, int]) -> bool:
     return any(
-        readers.get(str(getattr(linear.args[1], "target", "")), 1) > 1
+        readers.get(str(getattr(match.args(linear)[1], "target", "")), 1) > 1
         for linear, _ in found.projections
     )

@@ -4,10 +4,10 @@ Law: linears that read one value can share one smooth scale and one quantised in
 read different values cannot. What feeds the q, k and v operands of an attention, walking back over
 norms, rotations and reshapes, is its projections, whatever they are called:
 
-    q, k, v read one value                 -> self-attention, one group  attn_qkv_proj
-    k, v read one value, q another         -> cross-attention, groups    attn_q_proj and attn_kv_proj
-    two cross-attentions share one q       -> the one over image states is    attn_add_kv_proj
-    the linear that reads the output(s)    ->                            attn_out_proj
+    q, k, v read one value               -> self-attention, one group   attn_qkv_proj
+    k, v read one value, q another       -> cross-attention, groups     attn_q_proj, attn_kv_proj
+    two cross-attentions share one q     -> the one over image states   attn_add_kv_proj
+    the linear that reads the output(s)  ->                             attn_out_proj
 
 Image states are told from text states by their encoder: vision features are normalised on their
 way to the projections, text features are not; where that does not decide, the branch that is added
@@ -47,7 +47,7 @@ class _Read:
 
     @property
     def is_self(self) -> bool:
-        return self.q.args[0] is self.k.args[0] is self.v.args[0]
+        return match.args(self.q)[0] is match.args(self.k)[0] is match.args(self.v)[0]
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,11 @@ class DetectAttention:
 
     def apply(self, draft: Draft) -> None:
         """Read every attention, then group those that share a query."""
-        reads = [read for node in match.nodes_of(draft.graph, *_ATTENTIONS) if (read := _read(draft, node))]
+        reads = [
+            read
+            for node in match.nodes_of(draft.graph, *_ATTENTIONS)
+            if (read := _read(draft, node))
+        ]
         if not reads:
             raise DetectionError(
                 "the model holds no attention whose projections can be proved, "
@@ -81,10 +85,10 @@ _ATTENTIONS = (aten.scaled_dot_product_attention.default,)
 
 
 def _read(draft: Draft, node: Node) -> _Read | None:
-    operands = dict(zip("qkv", node.args[:3], strict=True))
+    operands = dict(zip("qkv", match.args(node)[:3], strict=True))
     found = {}
     for name, operand in operands.items():
-        linears = linears_behind(operand)  # type: ignore[arg-type]
+        linears = linears_behind(operand)
         if len(linears) != 1:
             draft.skip(node, f"{name} comes from {len(linears)} linears, not from one", node)
             return None
@@ -116,7 +120,7 @@ def _input_groups(draft: Draft, cluster: Sequence[_Read]) -> list[Group]:
 def _encoder_groups(draft: Draft, cluster: Sequence[_Read]) -> list[Group]:
     readable = []
     for read in cluster:
-        if read.k.args[0] is read.v.args[0]:
+        if match.args(read.k)[0] is match.args(read.v)[0]:
             readable.append(read)
         else:
             draft.skip(read.node, "k and v are projected from different values", read.node)
@@ -133,30 +137,37 @@ def _encoder_groups(draft: Draft, cluster: Sequence[_Read]) -> list[Group]:
 
 
 def _text_and_image(a: _Read, b: _Read) -> tuple[_Read, _Read]:
-    a_normed, b_normed = (sources.is_normalised(read.k.args[0]) for read in (a, b))
+    a_normed, b_normed = (sources.is_normalised(match.args(read.k)[0]) for read in (a, b))
     if a_normed != b_normed:
         return (b, a) if a_normed else (a, b)
     total = _sum_of(a.node, b.node)
-    if total is not None and b.node in _behind(total.args[0]):
+    if total is not None and b.node in _behind(match.args(total)[0]):
         return b, a
     return a, b
 
 
 def _sum_of(a: Node, b: Node) -> Node | None:
     """Return the addition that joins the outputs of two attentions."""
-    return next((node for node in _outputs(a) if match.is_op(node, aten.add.Tensor) and node in set(_outputs(b))), None)
+    return next(
+        (
+            node
+            for node in _outputs(a)
+            if match.is_op(node, aten.add.Tensor) and node in set(_outputs(b))
+        ),
+        None,
+    )
 
 
-def _behind(node: object) -> set[Node]:
+def _behind(node: Node) -> set[Node]:
     """Return the attentions that a laid-out output comes from."""
-    todo, found = [node], set()
+    todo, found = [node], set[Node]()
     while todo:
         one = todo.pop()
         if match.is_attention(one):
             found.add(one)
         elif match.is_op(one, *_CARRIERS):
-            todo.extend(one.all_input_nodes)  # type: ignore[attr-defined]
-    return found  # type: ignore[return-value]
+            todo.extend(one.all_input_nodes)
+    return found
 
 
 _CARRIERS = (*match.LAYOUT_OPS, *match.CAST_OPS, aten.add.Tensor)
@@ -169,7 +180,11 @@ def _outputs(node: Node) -> list[Node]:
     while todo:
         one = todo.pop(0)
         found.append(one)
-        todo.extend(user for user in match.readers(one) if match.is_op(user, *_CARRIERS) and user not in found)
+        todo.extend(
+            user
+            for user in match.readers(one)
+            if match.is_op(user, *_CARRIERS) and user not in found
+        )
     return found
 
 

@@ -92,12 +92,12 @@ def _down_of(up: Node) -> Node | None:
 def _sole_reader(node: Node) -> Node | None:
     reader = match.sole_reader(node)
     while match.is_op(reader, *match.LAYOUT_OPS, *match.CAST_OPS):
-        reader = match.sole_reader(reader)  # type: ignore[arg-type]
+        reader = match.sole_reader(reader)
     return reader
 
 
 def _follows(flow: Dataflow, node: Node) -> bool:
-    return node.args[0] in flow.follows_attention
+    return match.args(node)[0] in flow.follows_attention
 
 
 def _reason(flow: Dataflow, node: Node) -> str:

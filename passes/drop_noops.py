@@ -1,4 +1,4 @@
-"""Erase what does nothing at inference: assertions, disabled dropout, casts to the same type, copies.
+"""Erase what does nothing at inference: assertions, disabled dropout, casts to the same type.
 
 Law: dropout that is not training, `to` with the type and device a tensor already has, `contiguous`,
 `clone`, `detach` and their kin return the values they were given; assertions return nothing.
@@ -85,7 +85,7 @@ def _same_values(node: Node) -> Node | None:
     """Return the operand whose values `node` returns unchanged, if there is one."""
     if not match.is_op(node, *_COPIES, *_DROPOUTS, *_CASTS, aten.expand.default):
         return None
-    operand = node.args[0]
+    operand = match.args(node)[0]
     if not isinstance(operand, Node) or not match.is_tensor(node):
         return None
     if match.is_op(node, *_DROPOUTS) and _drops(node):
@@ -107,7 +107,7 @@ def _same_shape(before: torch.Tensor, after: torch.Tensor) -> bool:
 
 
 def _respell(draft: Draft, node: Node) -> None:
-    operand: Any = node.args[0]
+    operand: Any = match.args(node)[0]
     before, after = match.val(operand), match.val(node)
     if before.device == after.device:
         draft.replace_call(node, aten.to.dtype, operand, after.dtype)

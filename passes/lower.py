@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch.fx import Node, map_arg
@@ -52,5 +52,5 @@ class Lower:
             draft.skip(semantic, f"{count} x not {name}: {reason}")
 
 
-def _value(node: Node) -> object:
+def _value(node: Node) -> Any:
     return node.meta["val"]

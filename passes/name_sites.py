@@ -41,7 +41,7 @@ class NameSites:
 
 
 def _weight_path(node: Node) -> str:
-    weight: Any = match.strip(node.args[1])  # type: ignore[arg-type]
+    weight: Any = match.strip(match.args(node)[1])
     if not match.is_constant(weight):
         return match.module_path(node)
     return str(weight.target).removesuffix(".weight")

@@ -56,15 +56,13 @@ class Observe:
                 self._observe_heads(draft, attention, nodes[attention.site])
 
     def _observe_channels(self, draft: Draft, site: Site, reader: Node) -> None:
-        producer: Any = reader.args[0]
+        producer: Any = match.args(reader)[0]
         x = match.val(producer)
         buffers = {
             "amax": torch.zeros(self.labels, x.shape[-1], device=x.device),
             "count": torch.zeros(self.labels, dtype=torch.int64, device=x.device),
             "sample": torch.zeros(self.rows, x.shape[-1], dtype=x.dtype, device=x.device),
-            "priority": torch.full(
-                (self.rows,), torch.inf, dtype=torch.float64, device=x.device
-            ),
+            "priority": torch.full((self.rows,), torch.inf, dtype=torch.float64, device=x.device),
         }
         # Each site draws its own sample; a checksum of its name is the same in every process.
         seed = self.seed * 2**32 + zlib.crc32(str(site).encode())
@@ -79,8 +77,8 @@ class Observe:
         draft.did(site, "observed")
 
     def _observe_heads(self, draft: Draft, attention: Attention, node: Node) -> None:
-        for operand, value in zip("qkv", node.args[:3], strict=True):
-            x = match.val(value)  # type: ignore[arg-type]
+        for operand, value in zip("qkv", match.args(node)[:3], strict=True):
+            x = match.val(value)
             amax = torch.zeros(self.labels, x.shape[1], x.shape[3], device=x.device)
             stored = draft.store(buffer_name(attention.site, operand), amax, before=node)
             label = _label(draft, x.device, node)

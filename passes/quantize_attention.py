@@ -78,7 +78,7 @@ class QuantizeAttention:
             rounded.append(
                 draft.call(
                     ops.quantize_per_head.default,
-                    node.args[index],
+                    match.args(node)[index],
                     scales[-1],
                     dtypes[operand],
                     before=node,
@@ -110,7 +110,7 @@ def _obstacle(attention: Attention, node: Node) -> str:
         return "cross-attention stays in floating point"
     if match.rank(node) != 4:
         return f"its operands have {match.rank(node)} dimensions, not [B, H, S, D]"
-    if len(node.args) > 3 and any(arg not in (None, 0.0, False) for arg in node.args[3:6]):
+    if len(node.args) > 3 and any(arg not in (None, 0.0, False) for arg in match.args(node)[3:6]):
         return "it has a mask, dropout or causality"
     return ""
 

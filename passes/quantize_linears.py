@@ -80,7 +80,7 @@ def _summary(group: Group, spec: QSpec) -> str:
 def _quantized_input(
     draft: Draft, node: Node, spec: QSpec, inputs: dict[_Key, tuple[Node, Node]]
 ) -> tuple[Node, Node]:
-    producer, inverse = _take_up_scale(node.args[0])
+    producer, inverse = _take_up_scale(match.args(node)[0])
     name = str(inverse.target) if inverse is not None else ""
     key = _Key(producer, name, spec.torch_dtype)
     if key not in inputs:
@@ -92,15 +92,13 @@ def _quantized_input(
             before=node,
             like=node,
         )
-        x, scale = (
-            draft.call(operator.getitem, both, i, before=node, like=node) for i in (0, 1)
-        )
+        x, scale = (draft.call(operator.getitem, both, i, before=node, like=node) for i in (0, 1))
         inputs[key] = x, scale
     return inputs[key]
 
 
 def _take_up_scale(x: Any) -> tuple[Node, Node | None]:
-    """Return the value before a multiply by a stored fp32 vector of its channels, and the vector."""
+    """Return the value before a multiply by a stored vector over its channels, and the vector."""
     product = match.strip(x)
     if match.is_op(product, aten.mul.Tensor) and _same_dtype(product, x):
         value, vector = match.operands(product)
@@ -110,27 +108,21 @@ def _take_up_scale(x: Any) -> tuple[Node, Node | None]:
 
 
 def _same_dtype(product: Node, x: Node) -> bool:
-    value: Any = product.args[0]
+    value: Any = match.args(product)[0]
     return match.is_tensor(value) and match.val(value).dtype == match.val(x).dtype
 
 
 def _quantize(draft: Draft, node: Node, spec: QSpec, x: Node, scale: Node) -> None:
-    weight: Any = node.args[1]
+    weight: Any = match.args(node)[1]
     name = str(match.site(node)).replace("#", "_call_")
     try:
-        quantized = quantize_weight(
-            edit.evaluate_constant(weight, draft.state), spec.torch_dtype
-        )
+        quantized = quantize_weight(edit.evaluate_constant(weight, draft.state), spec.torch_dtype)
     except NumericsError as error:
-        raise NumericsError(
-            error.reason, site=name, source=match.source_line(node)
-        ) from error
+        raise NumericsError(error.reason, site=name, source=match.source_line(node)) from error
     data = draft.store(f"{name}.weight_{spec.dtype}", quantized.data, before=node)
     weight_scale = draft.store(f"{name}.weight_scale", quantized.scale, before=node)
     bias, out = match.arg(node, 2, "bias"), match.val(node).dtype
-    draft.replace_call(
-        node, ops.scaled_linear.default, x, scale, data, weight_scale, bias, out
-    )
+    draft.replace_call(node, ops.scaled_linear.default, x, scale, data, weight_scale, bias, out)
     _let_go(draft, weight)
 
 

@@ -47,9 +47,9 @@ class RaiseAttention:
     def apply(self, draft: Draft) -> None:
         """Try every softmax; say why one is not an attention."""
         for softmax in match.nodes_of(draft.graph, *_SOFTMAXES):
-            if match.dim_of(softmax.args[1], match.rank(softmax)) != match.rank(softmax) - 1:
+            if match.dim_of(match.args(softmax)[1], match.rank(softmax)) != match.rank(softmax) - 1:
                 continue
-            scores = _scores(softmax.args[0])
+            scores = _scores(match.args(softmax)[0])
             if scores is None:
                 draft.skip(softmax, "its operand is not a plain, scaled product", softmax)
                 continue
@@ -64,7 +64,7 @@ def _scores(node: Any) -> _Scores | None:
     scale = 1.0
     while isinstance(node, Node):
         if match.is_op(node, *_PRODUCTS):
-            return _Scores(node.args[0], node.args[1], scale)  # type: ignore[arg-type]
+            return _Scores(match.args(node)[0], match.args(node)[1], scale)
         step = _scalar_step(node)
         if step is None:
             return None
@@ -75,32 +75,32 @@ def _scores(node: Any) -> _Scores | None:
 
 def _scalar_step(node: Node) -> tuple[Any, float] | None:
     if match.is_op(node, aten.to.dtype):
-        return node.args[0], 1.0
+        return match.args(node)[0], 1.0
     if match.is_op(node, aten.mul.Tensor, aten.mul.Scalar):
         pair = match.either(node, lambda operand: match.constant_number(operand) is not None)
         return None if pair is None else (pair[1], float(pair[0]))
     if match.is_op(node, aten.div.Tensor, aten.div.Scalar):
-        divisor = match.constant_number(node.args[1])
-        return None if not divisor else (node.args[0], 1.0 / divisor)
+        divisor = match.constant_number(match.args(node)[1])
+        return None if not divisor else (match.args(node)[0], 1.0 / divisor)
     return None
 
 
 def _weighted_sum(softmax: Node) -> Node | None:
     reader = match.sole_reader(softmax)
     while match.is_op(reader, aten.to.dtype):
-        reader = match.sole_reader(reader)  # type: ignore[arg-type]
+        reader = match.sole_reader(reader)
     if not match.is_op(reader, *_PRODUCTS) or reader is None:
         return None
-    left: Any = reader.args[0]
+    left: Any = match.args(reader)[0]
     return reader if match.strip(left) is softmax else None
 
 
 def _rewrite(draft: Draft, softmax: Node, scores: _Scores, product: Node) -> None:
-    v: Any = product.args[1]
+    v: Any = match.args(product)[1]
     dtype = match.val(v).dtype
-    q = _cast(draft, scores.q, dtype, product)
+    q = draft.cast(scores.q, dtype, before=product)
     k = _transpose(draft, scores.k_transposed, product)
-    k = _cast(draft, k, dtype, product)
+    k = draft.cast(k, dtype, before=product)
     draft.did(softmax, "matmul-softmax-matmul became one attention")
     raised = draft.call(
         aten.scaled_dot_product_attention.default,
@@ -114,19 +114,13 @@ def _rewrite(draft: Draft, softmax: Node, scores: _Scores, product: Node) -> Non
     draft.replace(product, raised)
 
 
-def _cast(draft: Draft, node: Node, dtype: torch.dtype, before: Node) -> Node:
-    if match.val(node).dtype == dtype:
-        return node
-    return draft.call(aten.to.dtype, node, dtype, before=before, like=before)
-
-
 def _transpose(draft: Draft, node: Node, before: Node) -> Node:
     """Swap the last two dimensions, cancelling a permute that did the same."""
     ndim = match.rank(node)
     swap = [*range(ndim - 2), ndim - 1, ndim - 2]
     if match.is_op(node, aten.permute.default):
-        inner: Any = node.args[0]
-        order = [match.dim_of(d, ndim) for d in node.args[1]]  # type: ignore[union-attr]
+        inner: Any = match.args(node)[0]
+        order = [match.dim_of(d, ndim) for d in match.args(node)[1]]
         composed = [order[d] for d in swap]
         if composed == list(range(ndim)):
             result: Node = inner

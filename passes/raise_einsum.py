@@ -52,14 +52,14 @@ class RaiseEinsum:
         for node in match.nodes_of(draft.graph, aten.einsum.default):
             letters = _letters(node)
             if letters is None:
-                draft.skip(node, f"einsum {node.args[0]!r} is not one batched matmul", node)
+                draft.skip(node, f"einsum {match.args(node)[0]!r} is not one batched matmul", node)
                 continue
             _rewrite(draft, node, letters)
 
 
 def _letters(node: Node) -> _Letters | None:
-    equation = str(node.args[0]).replace(" ", "")
-    operands: Any = node.args[1]
+    equation = str(match.args(node)[0]).replace(" ", "")
+    operands: Any = match.args(node)[1]
     if "->" not in equation or "." in equation or len(operands) != 2:
         return None
     inputs, output = equation.split("->")
@@ -77,12 +77,12 @@ def _letters(node: Node) -> _Letters | None:
 
 
 def _rewrite(draft: Draft, node: Node, letters: _Letters) -> None:
-    a, b = node.args[1]  # type: ignore[misc]
+    a, b = match.args(node)[1]
     a = _permuted(draft, node, a, letters.left, letters.batch + letters.row + letters.inner)
     b = _permuted(draft, node, b, letters.right, letters.batch + letters.inner + letters.column)
     product = draft.call(aten.matmul.default, a, b, before=node, like=node)
     order = letters.batch + letters.row + letters.column
-    draft.did(node, f"einsum {node.args[0]!r} became a matmul")
+    draft.did(node, f"einsum {match.args(node)[0]!r} became a matmul")
     draft.replace(node, _permuted(draft, node, product, order, letters.output))
 
 

@@ -99,7 +99,7 @@ def _evaluate(node: Node, operand: Node, grid: torch.Tensor) -> torch.Tensor:
     def value(one: Node) -> Any:
         if one not in values:
             args = map_arg(one.args, value)
-            values[one] = one.target(*args, **one.kwargs)  # type: ignore[operator]
+            values[one] = match.target(one)(*args, **one.kwargs)
         return values[one]
 
     result: torch.Tensor = value(node)

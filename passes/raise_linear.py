@@ -36,15 +36,15 @@ class RaiseLinear:
     def apply(self, draft: Draft) -> None:
         """Raise products first, then take up the biases that follow linears without one."""
         for node in match.nodes_of(draft.graph, aten.matmul.default, aten.mm.default):
-            weight = _transposed_weight(node.args[1])
+            weight = _transposed_weight(match.args(node)[1])
             if weight is not None:
-                draft.did(weight.target, "matmul became linear")  # type: ignore[arg-type]
-                draft.replace_call(node, aten.linear.default, node.args[0], weight, None)
+                draft.did(str(weight.target), "matmul became linear")
+                draft.replace_call(node, aten.linear.default, match.args(node)[0], weight, None)
         for node in match.nodes_of(draft.graph, aten.addmm.default):
             bias, x, right = node.args
             weight = _transposed_weight(right)
             if weight is not None and _is_bias(bias, node) and not node.kwargs:
-                draft.did(weight.target, "addmm became linear")  # type: ignore[arg-type]
+                draft.did(str(weight.target), "addmm became linear")
                 draft.replace_call(node, aten.linear.default, x, weight, bias)
         for node in match.nodes_of(draft.graph, aten.linear.default):
             if match.arg(node, 2, "bias") is None:
@@ -53,9 +53,9 @@ class RaiseLinear:
 
 def _transposed_weight(node: Any) -> Node | None:
     """Return the stored matrix [N, K] of which `node` is the transpose."""
-    if not match.is_op(node, aten.permute.default) or list(node.args[1]) != [1, 0]:
+    if not match.is_op(node, aten.permute.default) or list(match.args(node)[1]) != [1, 0]:
         return None
-    return node.args[0] if match.is_constant(node.args[0]) else None
+    return match.args(node)[0] if match.is_constant(match.args(node)[0]) else None
 
 
 def _is_bias(node: Any, product: Node) -> bool:
@@ -69,4 +69,6 @@ def _take_bias(draft: Draft, node: Node) -> None:
     pair = match.either(reader, lambda operand: operand is node)
     if pair is None or not _is_bias(pair[1], node):
         return
-    draft.replace_call(reader, aten.linear.default, node.args[0], node.args[1], pair[1])
+    draft.replace_call(
+        reader, aten.linear.default, match.args(node)[0], match.args(node)[1], pair[1]
+    )

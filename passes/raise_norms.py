@@ -1,7 +1,8 @@
 """Raise norms written by hand to `rms_norm` and `layer_norm`.
 
 Law, over the last dimension: `x * rsqrt(mean(x^2) + eps) * w` is `rms_norm(x, w, eps)`, and
-`(x - mean(x)) * rsqrt(var(x) + eps) * w + b` is `layer_norm(x, w, b, eps)`, with the biased variance.
+`(x - mean(x)) * rsqrt(var(x) + eps) * w + b`, with the biased variance, is
+`layer_norm(x, w, b, eps)`.
 
     before                                          after
     %p = pow(%x, 2)
@@ -74,15 +75,15 @@ def _factors(node: Node) -> list[tuple[Node, Node]]:
     """Return the ways to read `node` as value times 1/root, as `(value, root argument)`."""
     left, right = match.operands(node)
     if match.is_op(node, aten.div.Tensor):
-        return [(left, right.args[0])] if match.is_op(right, aten.sqrt.default) else []
+        return [(left, match.args(right)[0])] if match.is_op(right, aten.sqrt.default) else []
     pairs = ((left, right), (right, left))
-    return [(value, root.args[0]) for value, root in pairs if _is_rsqrt(root)]
+    return [(value, match.args(root)[0]) for value, root in pairs if _is_rsqrt(root)]
 
 
 def _is_rsqrt(node: Any) -> bool:
     if match.is_op(node, aten.rsqrt.default):
         return True
-    return match.is_op(node, aten.pow.Tensor_Scalar) and node.args[1] == -0.5
+    return match.is_op(node, aten.pow.Tensor_Scalar) and match.args(node)[1] == -0.5
 
 
 def _mean_square_plus_eps(node: Any) -> tuple[Node, float] | None:
@@ -102,11 +103,11 @@ def _over_last_dim(node: Node, value: Any) -> bool:
 def _is_mean_square(node: Any, value: Node) -> bool:
     if not match.is_op(node, aten.mean.dim) or not _over_last_dim(node, value):
         return False
-    square = node.args[0]
+    square = match.args(node)[0]
     if match.is_op(square, aten.pow.Tensor_Scalar):
-        return square.args[1] == 2 and _same_value(square.args[0], value)
+        return match.args(square)[1] == 2 and _same_value(match.args(square)[0], value)
     if match.is_op(square, aten.square.default):
-        return _same_value(square.args[0], value)
+        return _same_value(match.args(square)[0], value)
     return match.is_op(square, aten.mul.Tensor) and all(
         _same_value(operand, value) for operand in match.operands(square)
     )
@@ -122,16 +123,16 @@ def _centred_value(node: Node) -> Node | None:
         return None
     value, mean = match.operands(node)
     is_mean = match.is_op(mean, aten.mean.dim) and _over_last_dim(mean, value)
-    return value if is_mean and _same_value(mean.args[0], value) else None
+    return value if is_mean and _same_value(match.args(mean)[0], value) else None
 
 
 def _is_variance(node: Any, value: Node) -> bool:
-    if not match.is_op(node, *_VARIANCES) or not _same_value(node.args[0], value):
+    if not match.is_op(node, *_VARIANCES) or not _same_value(match.args(node)[0], value):
         return False
     dims = match.arg(node, 1, "dim")
     last = [match.dim_of(d, match.rank(value)) for d in dims or []] == [match.rank(value) - 1]
     if node.target is aten.var.correction:
-        biased = node.kwargs.get("correction") == 0
+        biased = bool(node.kwargs.get("correction") == 0)
         return last and biased and bool(node.kwargs.get("keepdim", False))
     return last and not match.arg(node, 2, "unbiased", True) and bool(match.arg(node, 3, "keepdim"))
 
@@ -143,16 +144,21 @@ def _rewrite(draft: Draft, node: Node, norm: _Norm) -> None:
     if norm.centred:
         bias, end = _vector_operand(last, last, aten.add.Tensor)
     dtype = match.val(norm.value).dtype
-    weight = _cast(draft, weight, dtype, end)
-    bias = _cast(draft, bias, dtype, end)
+    weight = draft.cast(weight, dtype, before=end) if weight is not None else None
+    bias = draft.cast(bias, dtype, before=end) if bias is not None else None
     if norm.centred:
-        args: tuple[Any, ...] = (aten.layer_norm.default, norm.value, [width], weight, bias, norm.eps)
+        args: tuple[Any, ...] = (
+            aten.layer_norm.default,
+            norm.value,
+            [width],
+            weight,
+            bias,
+            norm.eps,
+        )
     else:
         args = (aten.rms_norm.default, norm.value, [width], weight, norm.eps)
     raised = draft.call(*args, before=end, like=node)
-    after = match.val(end).dtype
-    if match.val(raised).dtype != after:
-        raised = draft.call(aten.to.dtype, raised, after, before=end, like=node)
+    raised = draft.cast(raised, match.val(end).dtype, before=end)
     draft.did(node, f"a hand-written norm became {raised.name}")
     draft.replace(end, raised)
 
@@ -161,7 +167,7 @@ def _vector_operand(start: Node, end: Node, target: Any) -> tuple[Node | None, N
     """Return the stored vector that the sole reader of `start` applies, and that reader."""
     reader = match.sole_reader(start)
     while match.is_op(reader, aten.to.dtype):
-        reader = match.sole_reader(reader)  # type: ignore[arg-type]
+        reader = match.sole_reader(reader)
     if reader is None or not match.is_op(reader, target) or reader.kwargs:
         return None, end
     pair = match.either(reader, lambda operand: _is_vector(operand, match.shape(start)[-1]))
@@ -172,9 +178,3 @@ def _is_vector(node: Any, width: Any) -> bool:
     if not isinstance(node, Node) or not match.is_constant(match.strip(node)):
         return False
     return tuple(match.shape(node)) == (width,)
-
-
-def _cast(draft: Draft, node: Node | None, dtype: torch.dtype, before: Node) -> Node | None:
-    if node is None or match.val(node).dtype == dtype:
-        return node
-    return draft.call(aten.to.dtype, node, dtype, before=before, like=before)

@@ -76,13 +76,13 @@ def _stores(buffer: Node) -> list[_Store]:
         if not match.is_op(view, aten.slice.Tensor):
             continue
         for write in match.readers(view):
-            if match.is_op(write, aten.copy_.default) and write.args[0] is view:
+            if match.is_op(write, aten.copy_.default) and match.args(write)[0] is view:
                 found.append(_store(buffer, view, write))
     return found
 
 
 def _store(buffer: Node, view: Node, write: Node) -> _Store:
-    value: Any = write.args[1]
+    value: Any = match.args(write)[1]
     return _Store(
         view=view,
         write=write,

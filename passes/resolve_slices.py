@@ -46,7 +46,7 @@ class ResolveSlices:
 def _covered(node: Node) -> Node | None:
     if match.arg(node, 4, "step", 1) != 1:
         return None
-    operand: Any = node.args[0]
+    operand: Node = match.args(node)[0]
     dim = match.dim_of(match.arg(node, 1, "dim", 0), match.rank(operand))
     start, end = _bounds(node, match.shape(operand)[dim])
     if match.same(start, 0) and match.same(end, match.shape(operand)[dim]):
@@ -56,7 +56,7 @@ def _covered(node: Node) -> Node | None:
     if match.dim_of(match.arg(operand, 1, "dim", 0), match.rank(operand)) != dim:
         return None
     at: Any = 0
-    for part in operand.args[0]:
+    for part in match.args(operand)[0]:
         stop = at + match.shape(part)[dim]
         if match.same(start, at) and match.same(end, stop):
             found: Node = part

@@ -86,7 +86,7 @@ class Smooth:
 
     def _stats_of(self, group: Group, node: Node) -> ChannelStats:
         stats = self.stats.channels.get(group.observer)
-        if stats is None or stats.amax.shape[-1] != match.shape(node.args[0])[-1]:  # type: ignore[arg-type]
+        if stats is None or stats.amax.shape[-1] != match.shape(match.args(node)[0])[-1]:
             raise CalibrationError(
                 "the statistics have nothing for this site: they are of another model",
                 site=str(group.key),
@@ -100,14 +100,14 @@ def _obstacle(helps: bool, allowed: bool, members: list[Node], shared: set[str])
         return "the recipe does not smooth this group"
     if not helps:
         return "smoothing does not lower the calibrated error"
-    if any(str(getattr(node.args[1], "target", "")) in shared for node in members):
+    if any(str(getattr(match.args(node)[1], "target", "")) in shared for node in members):
         return "a weight of the group is used more than once"
     return ""
 
 
 def _stacked_weight(draft: Draft, members: list[Node]) -> torch.Tensor:
     return stack_weights(
-        [edit.evaluate_constant(node.args[1], draft.state) for node in members]  # type: ignore[arg-type]
+        [edit.evaluate_constant(match.args(node)[1], draft.state) for node in members]
     )
 
 
@@ -123,25 +123,23 @@ def _apply(
     if best is None:
         return replace(group, smoothing=smoothing)
     members = [nodes[site] for site in group.sites]
-    inverse = draft.store(f"smooth.{group.key}.inverse".replace("#", "_call_"), 1 / best.scale, before=_top(draft))
+    name = f"smooth.{group.key}".replace("#", "_call_")
+    top = next(iter(draft.graph.nodes))
+    scale = draft.store(f"{name}.scale", best.scale, before=top)
+    inverse = draft.store(f"{name}.inverse", 1 / best.scale, before=top)
     _divide_input(draft, group, members, inverse)
     for node in members:
-        scale = draft.store(f"{inverse.target}_reciprocal", best.scale, before=node)
-        weight = _scaled(draft, node.args[1], scale, node)
-        draft.set_args(node, (node.args[0], weight, *node.args[2:]))
+        weight = draft.scaled(match.args(node)[1], scale, before=node)
+        draft.set_args(node, (match.args(node)[0], weight, *match.args(node)[2:]))
     gain = smoothing.error_plain / max(smoothing.error_smoothed, 1e-30)
     draft.did(group.key, f"alpha {best.alpha:g}, error / {gain:.2f}, 1/s in the {group.fold}")
     return replace(group, smoothing=replace(smoothing, inverse=str(inverse.target)))
 
 
-def _top(draft: Draft) -> Node:
-    return next(iter(draft.graph.nodes))
-
-
 def _divide_input(draft: Draft, group: Group, members: list[Node], inverse: Node) -> None:
     producer: Any = members[0].args[0]
     if group.fold is Fold.QUANTIZE:
-        scaled = _scaled(draft, producer, inverse, members[0])
+        scaled = draft.scaled(producer, inverse, before=members[0])
         for node in members:
             draft.redirect(node, producer, scaled)
         return
@@ -149,11 +147,3 @@ def _divide_input(draft: Draft, group: Group, members: list[Node], inverse: Node
     place = find(producer, set(members))
     assert not isinstance(place, str), f"choose_folds proved a place that is gone: {place}"
     fold(draft, place, inverse)
-
-
-def _scaled(draft: Draft, operand: Any, factor: Node, before: Node) -> Node:
-    scaled = draft.call(aten.mul.Tensor, operand, factor, before=before, like=before)
-    dtype = match.val(operand).dtype
-    if match.val(scaled).dtype == dtype:
-        return scaled
-    return draft.call(aten.to.dtype, scaled, dtype, before=before, like=before)

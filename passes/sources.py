@@ -19,7 +19,7 @@ _NORMS = (aten.layer_norm.default, aten.rms_norm.default)
 
 def of_stream(linear: Node) -> Source:
     """Say how the video stream reaches `linear`: through which kind of norm, if any."""
-    producer: Any = linear.args[0]
+    producer: Any = match.args(linear)[0]
     if modulation.read(producer) is not None:
         return Source.MODULATED_NORM
     if affine.read(producer) is not None:

@@ -121,7 +121,7 @@ def _prepare(
     progress: bool,
     dump: Path | None,
 ) -> tuple[Program, Call, Stats | None]:
-    """Return the NORMAL program, one call to check folds on, and the statistics if there are any."""
+    """Return the NORMAL program, one call to check folds on, and the statistics, if any."""
     if calib_data is not None:
         if stats is not None:
             raise InputError("give calib_data or stats, not both")
@@ -174,9 +174,7 @@ def _normalize(
     return pipeline.run(program, passes.NORMALIZE, probe=probe, dump=dump)
 
 
-def _named(
-    model: torch.nn.Module, inputs: Mapping[str, Any] | Sequence[Any]
-) -> dict[str, Any]:
+def _named(model: torch.nn.Module, inputs: Mapping[str, Any] | Sequence[Any]) -> dict[str, Any]:
     parameters, defaults = parameters_of(model.forward)
     args, kwargs = ((), inputs) if isinstance(inputs, Mapping) else (inputs, {})
     return name_arguments(parameters, defaults, args, kwargs)

@@ -91,7 +91,9 @@ class Calibration:
         index = 0
         if len(small) == 1:
             share = float(small[0].float().amax()) / _TIMESTEPS
-            index = min(self._labels - 1, max(0, int(share * self._labels))) if share == share else 0
+            index = (
+                min(self._labels - 1, max(0, int(share * self._labels))) if share == share else 0
+            )
         self._observed.state[LABEL].fill_(index)
 
     def _check_finite(self) -> None:
@@ -107,5 +109,3 @@ class Calibration:
             source=match.source_line(node),
             pass_name="calibrate",
         )
-
-

@@ -1,4 +1,4 @@
-"""The few kinds of error a user can meet; each names the site, the source line, the pass, the reason."""
+"""The few kinds of error a user can meet; each names site, source line, pass and reason."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class ExportError(WancompileError):
 
 
 class LevelError(WancompileError):
-    """A graph breaks the invariants of its level (an unknown op, a missing value, a lost linear)."""
+    """A graph breaks the invariants of its level: an unknown op, a missing value, a lost linear."""
 
 
 class DetectionError(WancompileError):

@@ -24,7 +24,13 @@ Call = Mapping[str, Any]
 # Without a hint from the samples, these dimensions are taken to change from call to call, by the
 # rank of the tensor: [batch, channels, frames, height, width], [batch, tokens, channels], and
 # timesteps [batch] or [batch, tokens].
-_DYNAMIC_DIMS: Mapping[int, tuple[int, ...]] = {5: (0, 2, 3, 4), 4: (0,), 3: (0,), 2: (0, 1), 1: (0,)}
+_DYNAMIC_DIMS: Mapping[int, tuple[int, ...]] = {
+    5: (0, 2, 3, 4),
+    4: (0,),
+    3: (0,),
+    2: (0, 1),
+    1: (0,),
+}
 
 
 def export(
@@ -116,7 +122,7 @@ def _without_ones(arguments: Mapping[str, Any], dims: Mapping[str, set[int]]) ->
     tensor that has it keeps the sizes that belong together in step.
     """
     video = {name: t for name, t in _tensors(arguments).items() if dims.get(name)}
-    factors = {dim: 1 for dim in range(5)}
+    factors = dict.fromkeys(range(5), 1)
     for name, tensor in video.items():
         for dim in dims[name]:
             if tensor.shape[dim] == 1 and (dim == 0 or tensor.dim() == 5):
@@ -149,14 +155,12 @@ def _export(
     model: torch.nn.Module, example: Mapping[str, Any], dims: Mapping[str, set[int]]
 ) -> ExportedProgram:
     def spec(name: str, leaf: Any) -> Any:
-        return {dim: Dim.AUTO for dim in sorted(dims[name])} if dims.get(name) else None
+        return dict.fromkeys(sorted(dims[name]), Dim.AUTO) if dims.get(name) else None
 
     shapes = _map_leaves(example, spec) if any(dims.values()) else None
     logging.getLogger("torch.fx.experimental.symbolic_shapes").setLevel(logging.ERROR)
     try:
-        return torch.export.export(
-            model, (), dict(example), dynamic_shapes=shapes, strict=False
-        )
+        return torch.export.export(model, (), dict(example), dynamic_shapes=shapes, strict=False)
     except Exception as error:
         where, reason = _culprit(error)
         raise ExportError(

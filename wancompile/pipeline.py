@@ -148,7 +148,7 @@ def _leaves(output: Any) -> list[torch.Tensor]:
 
 
 def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    """Return `|actual - expected| / |expected|` in L2, computed in fp64; NaN never compares small."""
+    """Return `|actual - expected| / |expected|` in L2, in fp64; NaN never compares small."""
     difference = (actual.detach().double() - expected.detach().double()).norm()
     return float(difference / expected.detach().double().norm().clamp_min(1e-30))
 

@@ -130,5 +130,7 @@ def resolve(recipe: str | Recipe) -> Recipe:
         return recipe
     if recipe not in RECIPES:
         near = difflib.get_close_matches(recipe, RECIPES, n=1, cutoff=0.0)
-        raise RecipeError(f"no recipe {recipe!r}; there are {', '.join(RECIPES)} (nearest: {near[0]})")
+        raise RecipeError(
+            f"no recipe {recipe!r}; there are {', '.join(RECIPES)} (nearest: {near[0]})"
+        )
     return RECIPES[recipe]

@@ -48,7 +48,9 @@ class Report:
     def skipped(self) -> tuple[tuple[str, str, str], ...]:
         """`(pass, site, reason)` for everything that was not rewritten."""
         return tuple(
-            (record.name, note.site, note.text) for record in self.records for note in record.skipped
+            (record.name, note.site, note.text)
+            for record in self.records
+            for note in record.skipped
         )
 
     @property
@@ -95,8 +97,16 @@ def role_table(roles: Iterable[RoleSummary]) -> str:
         ]
         for one in roles
     ]
-    headers = ["role", "groups", "linears", "1/s goes to", "smoothed", "error plain", "error smoothed"]
-    return tabulate(rows, headers=headers, disable_numparse=True)
+    headers = [
+        "role",
+        "groups",
+        "linears",
+        "1/s goes to",
+        "smoothed",
+        "error plain",
+        "error smoothed",
+    ]
+    return str(tabulate(rows, headers=headers, disable_numparse=True))
 
 
 def _percent(value: float | None) -> str:

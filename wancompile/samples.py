@@ -64,7 +64,8 @@ def _split(one: object) -> tuple[Sequence[Any], Mapping[str, Any]]:
     if isinstance(one, (tuple, list)):
         return one, {}
     raise InputError(
-        f"a sample is a dict of named arguments or a tuple of positional ones, not {type(one).__name__}"
+        "a sample is a dict of named arguments or a tuple of positional ones, "
+        f"not {type(one).__name__}"
     )
 
 

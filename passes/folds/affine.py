@@ -9,6 +9,7 @@ Law: `norm(x) * w + b` divided by s is `norm(x) * (w / s) + b / s`, exactly.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +23,10 @@ from wancompile.passes.folds.readers import foreign_reader
 aten = torch.ops.aten
 
 # Positions of weight and bias in the arguments of each norm.
-_VECTORS = {aten.layer_norm.default: (2, 3), aten.rms_norm.default: (2,)}
+_VECTORS: Mapping[Any, tuple[int, ...]] = {
+    aten.layer_norm.default: (2, 3),
+    aten.rms_norm.default: (2,),
+}
 
 
 @dataclass(frozen=True)
@@ -36,9 +40,11 @@ class Affine:
 def read(producer: Any) -> Affine | None:
     """Return the affine norm that `producer` is, if it is one."""
     norm = match.strip(producer)
-    if not match.is_op(norm, *_VECTORS) or len(norm.args) < 3 or norm.args[2] is None:
+    if not match.is_op(norm, *_VECTORS) or len(norm.args) < 3 or match.args(norm)[2] is None:
         return None
-    positions = tuple(p for p in _VECTORS[norm.target] if p < len(norm.args) and norm.args[p])
+    positions = tuple(
+        p for p in _VECTORS[norm.target] if p < len(norm.args) and match.args(norm)[p]
+    )
     return Affine(norm, positions)
 
 
@@ -55,14 +61,7 @@ def find(producer: Node, members: set[Node]) -> Affine | str:
 
 def apply(draft: Draft, found: Affine, inverse: Node) -> None:
     """Multiply weight and bias by the stored fp32 vector `inverse` = 1/s."""
-    args = list(found.norm.args)
+    args = list(match.args(found.norm))
     for position in found.vectors:
-        vector: Any = args[position]
-        dtype = match.val(vector).dtype
-        scaled = draft.call(
-            aten.mul.Tensor, vector, inverse, before=found.norm, like=found.norm
-        )
-        if match.val(scaled).dtype != dtype:
-            scaled = draft.call(aten.to.dtype, scaled, dtype, before=found.norm, like=found.norm)
-        args[position] = scaled
+        args[position] = draft.scaled(args[position], inverse, before=found.norm)
     draft.set_args(found.norm, args)

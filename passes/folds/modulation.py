@@ -78,15 +78,7 @@ def _one_row(node: Node) -> bool:
 
 def apply(draft: Draft, found: Modulation, inverse: Node) -> None:
     """Multiply gain and shift by the stored fp32 vector `inverse` = 1/s."""
-    gain = _scaled(draft, found.gain, inverse, found.product)
-    shift = _scaled(draft, found.shift, inverse, found.total)
+    gain = draft.scaled(found.gain, inverse, before=found.product)
+    shift = draft.scaled(found.shift, inverse, before=found.total)
     draft.redirect(found.product, found.gain, gain)
     draft.redirect(found.total, found.shift, shift)
-
-
-def _scaled(draft: Draft, node: Node, inverse: Node, reader: Node) -> Node:
-    scaled = draft.call(aten.mul.Tensor, node, inverse, before=reader, like=reader)
-    dtype = match.val(node).dtype
-    if match.val(scaled).dtype == dtype:
-        return scaled
-    return draft.call(aten.to.dtype, scaled, dtype, before=reader, like=reader)

@@ -14,6 +14,6 @@ def foreign_reader(producer: Node, members: set[Node]) -> Node | None:
         for reader in match.readers(node):
             if reader not in allowed:
                 return reader
-        if not match.is_op(node, *match.CAST_OPS) or not isinstance(node.args[0], Node):
+        if not match.is_op(node, *match.CAST_OPS) or not isinstance(match.args(node)[0], Node):
             return None
-        allowed, node = {node}, node.args[0]
+        allowed, node = {node}, match.args(node)[0]

@@ -90,11 +90,11 @@ def _paths_to_projections(producer: Node) -> list[list[Node]] | None:
 
 def _value_operands(node: Node) -> list[Node] | None:
     if match.is_attention(node):
-        return [node.args[2]]  # type: ignore[list-item]
+        return [match.args(node)[2]]
     if match.is_op(node, aten.add.Tensor):
         return [parent for parent in node.all_input_nodes if match.is_tensor(parent)]
     if match.is_op(node, *match.LAYOUT_OPS, *match.CAST_OPS, aten.slice.Tensor):
-        return [node.args[0]]  # type: ignore[list-item]
+        return [match.args(node)[0]]
     return None
 
 
@@ -115,7 +115,7 @@ def _step(axis: _Axis, node: Node) -> _Axis | None:
     if match.is_attention(node):
         return axis if match.rank(node) - 2 not in axis.dims else None
     if match.is_op(node, aten.permute.default):
-        order = [match.dim_of(dim, match.rank(node)) for dim in node.args[1]]  # type: ignore[union-attr]
+        order = [match.dim_of(dim, match.rank(node)) for dim in match.args(node)[1]]
         return _Axis(tuple(order.index(dim) for dim in axis.dims), axis.offset)
     if match.is_op(node, aten.reshape.default):
         return _through_reshape(axis, node)
@@ -126,7 +126,7 @@ def _step(axis: _Axis, node: Node) -> _Axis | None:
 
 def _through_reshape(axis: _Axis, node: Node) -> _Axis | None:
     """The dims before and after the axis stay; what lies between them is the axis, in order."""
-    operand: Any = node.args[0]
+    operand: Any = match.args(node)[0]
     before, after = match.shape(operand), match.shape(node)
     first, last = axis.dims[0], axis.dims[-1]
     if axis.dims != tuple(range(first, last + 1)):
@@ -159,7 +159,9 @@ def _rows_read_elsewhere(linear: Node, offset: int, width: int, on_path: set[Nod
         if not match.is_op(reader, aten.slice.Tensor) or axis is None:
             return True
         size = match.shape(reader)[-1]
-        if not isinstance(size, int) or (axis.offset < offset + width and offset < axis.offset + size):
+        if not isinstance(size, int) or (
+            axis.offset < offset + width and offset < axis.offset + size
+        ):
             return True
     return False
 
@@ -169,11 +171,11 @@ def apply(draft: Draft, found: ValueRows, inverse: Node) -> None:
     for linear, offset in found.projections:
         rows = _padded(draft, inverse, linear, offset)
         column = draft.call(aten.unsqueeze.default, rows, 1, before=linear, like=linear)
-        weight = _scaled(draft, linear, linear.args[1], column)
+        weight = draft.scaled(match.args(linear)[1], column, before=linear)
         bias = match.arg(linear, 2, "bias")
         if bias is not None:
-            bias = _scaled(draft, linear, bias, rows)
-        draft.set_args(linear, (linear.args[0], weight, bias))
+            bias = draft.scaled(bias, rows, before=linear)
+        draft.set_args(linear, (match.args(linear)[0], weight, bias))
 
 
 def _padded(draft: Draft, inverse: Node, linear: Node, offset: int) -> Node:
@@ -182,14 +184,4 @@ def _padded(draft: Draft, inverse: Node, linear: Node, offset: int) -> Node:
     if total == width:
         return inverse
     pads = [offset, total - offset - width]
-    return draft.call(
-        aten.constant_pad_nd.default, inverse, pads, 1.0, before=linear, like=linear
-    )
-
-
-def _scaled(draft: Draft, linear: Node, operand: Any, factor: Node) -> Node:
-    scaled = draft.call(aten.mul.Tensor, operand, factor, before=linear, like=linear)
-    dtype = match.val(operand).dtype
-    if match.val(scaled).dtype == dtype:
-        return scaled
-    return draft.call(aten.to.dtype, scaled, dtype, before=linear, like=linear)
+    return draft.call(aten.constant_pad_nd.default, inverse, pads, 1.0, before=linear, like=linear)

@@ -115,6 +115,17 @@ class Draft:
         node.meta["val"] = self._evaluate(node)
         return node
 
+    def scaled(self, operand: Node, factor: Node, *, before: Node) -> Node:
+        """Insert `operand * factor`, kept in the type of `operand`."""
+        product = self.call(torch.ops.aten.mul.Tensor, operand, factor, before=before, like=before)
+        return self.cast(product, match.val(operand).dtype, before=before)
+
+    def cast(self, node: Node, dtype: torch.dtype, *, before: Node) -> Node:
+        """Insert a cast of `node` to `dtype` unless it has that type."""
+        if match.val(node).dtype == dtype:
+            return node
+        return self.call(torch.ops.aten.to.dtype, node, dtype, before=before, like=before)
+
     def replace(self, old: Node, new: Node) -> None:
         """Let every reader of `old` read `new`, and erase `old`."""
         old.replace_all_uses_with(new)
@@ -150,12 +161,18 @@ class Draft:
             if key != "site" and key in like.meta:
                 node.meta[key] = like.meta[key]
 
+    @staticmethod
+    def _operands(node: Node) -> tuple[Any, Any]:
+        return None, None
+
     def _evaluate(self, node: Node) -> Any:
-        args = map_arg(node.args, lambda n: n.meta["val"])
-        kwargs = map_arg(node.kwargs, lambda n: n.meta["val"])
+        def value(parent: Node) -> Any:
+            return parent.meta["val"]
+
+        args, kwargs = _mapped(node, value)
         mode: AbstractContextManager[Any] = self.fake_mode or nullcontext()
         with mode, torch.no_grad():
-            return node.target(*args, **kwargs)  # type: ignore[operator]
+            return match.target(node)(*args, **kwargs)
 
 
 def _where(site: Site | Node | str) -> str:
@@ -167,8 +184,8 @@ def _where(site: Site | Node | str) -> str:
 def copy_graph(graph: Graph) -> Graph:
     """Return a copy of `graph` that shares nothing mutable with it but the fake values."""
     copied = Graph()
-    outputs = copied.graph_copy(graph, val_map := {}, return_output_node=True)
-    assert outputs is not None
+    val_map: dict[Node, Node] = {}
+    outputs: Any = copied.graph_copy(graph, val_map, return_output_node=True)
     result, old_output = outputs
     node = copied.output(result)
     node.meta = dict(old_output.meta)
@@ -189,11 +206,19 @@ def evaluate_constant(
         tensor = state[str(node.target)]
         return tensor.to(dtype) if tensor.is_floating_point() else tensor
     if match.is_op(node, torch.ops.aten.to.dtype):
-        return evaluate_constant(node.args[0], state, dtype=dtype)  # type: ignore[arg-type]
-    args = map_arg(node.args, lambda n: evaluate_constant(n, state, dtype=dtype))
-    kwargs = map_arg(node.kwargs, lambda n: evaluate_constant(n, state, dtype=dtype))
-    result: torch.Tensor = node.target(*args, **kwargs)  # type: ignore[operator]
+        return evaluate_constant(match.args(node)[0], state, dtype=dtype)
+
+    def value(parent: Node) -> Any:
+        return evaluate_constant(parent, state, dtype=dtype)
+
+    args, kwargs = _mapped(node, value)
+    result: torch.Tensor = match.target(node)(*args, **kwargs)
     return result
+
+
+def _mapped(node: Node, value: Callable[[Node], Any]) -> tuple[Any, Any]:
+    """Return the arguments of `node` with `value(parent)` in place of each operand."""
+    return map_arg(node.args, value), map_arg(node.kwargs, value)
 
 
 def move(draft: Draft, device: torch.device) -> None:

@@ -34,6 +34,7 @@ class Level(IntEnum):
     LOWERED = 4
 
 
+_OPERATORS = "add sub mul floordiv mod neg truediv pow eq ne lt le gt ge and_ or_"
 SHAPE_ARITHMETIC: frozenset[Any] = frozenset(
     {
         aten.sym_size.int,
@@ -41,10 +42,7 @@ SHAPE_ARITHMETIC: frozenset[Any] = frozenset(
         torch.sym_min,
         torch.sym_not,
         torch.sym_float,
-        *(
-            getattr(operator, name)
-            for name in "add sub mul floordiv mod neg truediv pow eq ne lt le gt ge and_ or_".split()
-        ),
+        *(getattr(operator, name) for name in _OPERATORS.split()),
     }
 )
 
@@ -60,7 +58,8 @@ div.Tensor_mode div.Scalar_mode eq.Scalar eq.Tensor ne.Scalar ne.Tensor lt.Scala
 le.Scalar le.Tensor gt.Scalar gt.Tensor ge.Scalar ge.Tensor logical_not.default
 logical_and.default logical_or.default masked_fill.Scalar
 mean.dim mean.default sum.dim_IntList sum.default amax.default amin.default var.dim
-var.correction var_mean.correction std.dim std.correction softmax.int _softmax.default linalg_vector_norm.default
+var.correction var_mean.correction std.dim std.correction softmax.int _softmax.default
+linalg_vector_norm.default
 linear.default matmul.default mm.default bmm.default addmm.default baddbmm.default
 conv1d.default conv2d.default conv3d.default conv3d.padding convolution.default
 layer_norm.default rms_norm.default scaled_dot_product_attention.default
@@ -73,7 +72,7 @@ movedim.int movedim.intlist swapaxes.default tile.default diff.default cumsum.de
 arange.default arange.start arange.start_step zeros.default ones.default full.default
 zeros_like.default ones_like.default full_like.default new_zeros.default new_ones.default
 new_full.default scalar_tensor.default triu.default tril.default
-""".split()
+"""
 
 
 def _overload(name: str) -> Any:
@@ -82,7 +81,7 @@ def _overload(name: str) -> Any:
 
 
 NORMAL_OPS: frozenset[Any] = (
-    frozenset(found for name in _PURE_ATEN if (found := _overload(name)) is not None)
+    frozenset(found for name in _PURE_ATEN.split() if (found := _overload(name)) is not None)
     | SHAPE_ARITHMETIC
     | {operator.getitem}
 )
@@ -165,9 +164,7 @@ def _verify_partition(
     listed = [site for group in groups for site in group.sites] + [u.site for u in ungrouped]
     if len(set(listed)) != len(listed):
         twice = next(site for site in listed if listed.count(site) > 1)
-        raise LevelError(
-            "a linear is in more than one group", site=str(twice), pass_name=pass_name
-        )
+        raise LevelError("a linear is in more than one group", site=str(twice), pass_name=pass_name)
     present = {match.site(node) for node in graph.nodes if match.is_linear(node)}
     missing = sorted(str(site) for site in present - set(listed) if site is not None)
     if listed and missing:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch.fx import Graph, Node
@@ -32,22 +32,22 @@ CAST_OPS = frozenset({aten.to.dtype})
 _LIBRARY_FRAMES = ("/torch/nn/", "/torch/_", "/torch/functional.py")
 
 
-def is_op(node: Any, *targets: Any) -> bool:
+def is_op(node: Any, *targets: Any) -> TypeGuard[Node]:
     """Whether `node` is a call of one of `targets`."""
     return isinstance(node, Node) and node.op == "call_function" and node.target in targets
 
 
-def is_linear(node: Any) -> bool:
+def is_linear(node: Any) -> TypeGuard[Node]:
     """Whether `node` is a linear, in floating point or quantized."""
     return is_op(node, aten.linear.default, torch.ops.wancompile.scaled_linear.default)
 
 
-def is_float_linear(node: Any) -> bool:
+def is_float_linear(node: Any) -> TypeGuard[Node]:
     """Whether `node` is a floating-point `aten.linear`."""
     return is_op(node, aten.linear.default)
 
 
-def is_attention(node: Any) -> bool:
+def is_attention(node: Any) -> TypeGuard[Node]:
     """Whether `node` is a floating-point scaled-dot-product attention."""
     return is_op(node, aten.scaled_dot_product_attention.default)
 
@@ -73,9 +73,19 @@ def rank(node: Node) -> int:
     return val(node).dim()
 
 
-def is_tensor(node: Any) -> bool:
+def is_tensor(node: Any) -> TypeGuard[Node]:
     """Whether `node` yields one tensor."""
     return isinstance(node, Node) and isinstance(node.meta.get("val"), torch.Tensor)
+
+
+def args(node: Node) -> tuple[Any, ...]:
+    """Return the positional arguments, whose types the called op knows and torch.fx does not."""
+    return tuple(node.args)
+
+
+def target(node: Node) -> Any:
+    """Return what `node` calls or reads."""
+    return node.target
 
 
 def arg(node: Node, index: int, name: str, default: Any = None) -> Any:
@@ -105,8 +115,8 @@ def size_value(value: Any) -> Any:
 def strip(node: Node, through: Iterable[Any] = CAST_OPS) -> Node:
     """Walk back from `node` along first arguments while it is a call of `through`."""
     targets = frozenset(through)
-    while is_op(node, *targets) and isinstance(node.args[0], Node):
-        node = node.args[0]
+    while is_op(node, *targets) and isinstance(args(node)[0], Node):
+        node = args(node)[0]
     return node
 
 
@@ -132,13 +142,13 @@ def constant_number(value: Any) -> float | None:
     return None
 
 
-def is_constant(node: Any) -> bool:
+def is_constant(node: Any) -> TypeGuard[Node]:
     """Whether `node` reads a stored tensor."""
     return isinstance(node, Node) and node.op == "get_attr"
 
 
 def reads_only_constants(node: Any) -> bool:
-    """Whether the value of `node` depends on stored tensors and literals alone (small trees only)."""
+    """Whether the value of `node` depends on stored tensors alone (for small trees)."""
     if not isinstance(node, Node):
         return True
     if node.op == "get_attr":
@@ -154,7 +164,7 @@ def readers(node: Node) -> list[Node]:
 
 
 def sole_reader(node: Node) -> Node | None:
-    """Return the one call that reads the numbers of `node`, or None if there are none or several."""
+    """Return the one call that reads the numbers of `node`, or None if there is not one."""
     found = readers(node)
     return found[0] if len(found) == 1 else None
 
@@ -197,9 +207,7 @@ def target_name(node: Node) -> str:
     return str(getattr(target, "__name__", target))
 
 
-def backward(
-    starts: Sequence[Node], stop: Callable[[Node], bool]
-) -> Iterator[Node]:
+def backward(starts: Sequence[Node], stop: Callable[[Node], bool]) -> Iterator[Node]:
     """Yield every node that `starts` depend on, not going past nodes for which `stop` holds.
 
     Each node is yielded once; the ones that stop the walk are yielded too.
@@ -221,6 +229,6 @@ def position(graph: Graph) -> dict[Node, int]:
     return {node: index for index, node in enumerate(graph.nodes)}
 
 
-def is_getitem(node: Any) -> bool:
+def is_getitem(node: Any) -> TypeGuard[Node]:
     """Whether `node` picks one of several outputs."""
     return is_op(node, operator.getitem)
