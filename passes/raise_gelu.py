@@ -1,9 +1,9 @@
 """Raise a GELU written out as a formula to `gelu`.
 
-Law: a chain of pointwise ops with one tensor input and literals is a function of one real number;
+Law: a tree of pointwise ops over one value and literals is a function of one real number;
 if it agrees with GELU (tanh or erf form) on a grid of 4,001 points in fp64 to the seven digits
 to which its constants are commonly written, it is GELU.
-Evaluating the chain instead of matching its spelling covers every order of the factors.
+Evaluating the tree instead of matching its spelling covers every order of the factors.
 
     before                                          after
     %c = pow(%x, 3)
@@ -53,7 +53,7 @@ class RaiseGelu:
     exact: ClassVar[bool] = True
 
     def apply(self, draft: Draft) -> None:
-        """Grow a chain forward from each tanh and erf until it is a GELU or cannot be one."""
+        """Grow forward from each tanh and erf until the tree is a GELU or cannot be one."""
         for core in match.nodes_of(draft.graph, aten.tanh.default, aten.erf.default):
             found = _find(core)
             if found is not None:
@@ -63,44 +63,50 @@ class RaiseGelu:
 
 
 def _find(core: Node) -> tuple[Node, Node, str] | None:
-    end: Node | None = core
     form = "tanh" if core.target is aten.tanh.default else "none"
+    operands = _ancestors(core)
+    end: Node | None = core
     for _ in range(_LONGEST):
         end = match.sole_reader(end) if end is not None else None
         if end is None or end.target not in _POINTWISE:
             return None
-        operand = _only_operand(end)
-        if operand is not None and _agrees(end, operand, form):
-            return end, operand, form
+        for operand in operands:
+            if _agrees(end, operand, form):
+                return end, operand, form
     return None
 
 
-def _only_operand(end: Node) -> Node | None:
-    """Return the one tensor that the pointwise ops before `end` start from."""
-    edge = set()
-    for visited, node in enumerate(match.backward([end], lambda n: n.target not in _POINTWISE)):
-        if visited > _LONGEST:
-            return None
-        if node.target not in _POINTWISE:
-            edge.add(node)
-    return edge.pop() if len(edge) == 1 else None
+def _ancestors(core: Node) -> list[Node]:
+    """Return the values that `core` is computed from by a few pointwise ops, nearest first."""
+    found: dict[Node, None] = {}
+    todo = [core]
+    while todo and len(found) < _LONGEST:
+        node = todo.pop(0)
+        for parent in node.all_input_nodes:
+            if match.is_tensor(parent) and parent not in found:
+                found[parent] = None
+                if parent.target in _POINTWISE:
+                    todo.append(parent)
+    return list(found)
 
 
 def _agrees(end: Node, operand: Node, form: str) -> bool:
     grid = torch.linspace(-10, 10, 4001, dtype=torch.float64)
+    actual = _evaluate(end, {operand: grid})
     expected = torch.nn.functional.gelu(grid, approximate=form)
     # Constants such as sqrt(2/pi) are often written with 7 to 10 digits.
-    return bool(torch.allclose(_evaluate(end, operand, grid), expected, rtol=1e-6, atol=1e-7))
+    return actual is not None and torch.allclose(actual, expected, rtol=1e-6, atol=1e-7)
 
 
-def _evaluate(node: Node, operand: Node, grid: torch.Tensor) -> torch.Tensor:
-    values: dict[Node, Any] = {operand: grid}
-
-    def value(one: Node) -> Any:
-        if one not in values:
-            args = map_arg(one.args, value)
-            values[one] = match.target(one)(*args, **one.kwargs)
-        return values[one]
-
-    result: torch.Tensor = value(node)
-    return result
+def _evaluate(node: Node, values: dict[Node, Any]) -> Any:
+    """Compute `node` from known values; None if it depends on anything else."""
+    if node in values:
+        return values[node]
+    if node.target not in _POINTWISE:
+        return None
+    for parent in node.all_input_nodes:
+        if _evaluate(parent, values) is None:
+            return None
+    args = map_arg(node.args, values.__getitem__)
+    values[node] = match.target(node)(*args, **node.kwargs)
+    return values[node]

@@ -35,7 +35,11 @@ class _Sizes:
         self._atoms: dict[str, str] = {}
 
     def __call__(self, size: Any) -> str:
-        return re.sub(r"\b[su]\d+\b", self._rename, str(size)).replace(" ", "")
+        text = re.sub(r"\b[su]\d+\b", self._rename, str(size)).replace(" ", "")
+        # torch orders factors and terms by its own names of the symbols, which are random.
+        if "(" in text:
+            return text
+        return "+".join(sorted("*".join(sorted(term.split("*"))) for term in text.split("+")))
 
     def _rename(self, found: re.Match[str]) -> str:
         return self._atoms.setdefault(found.group(), f"d{len(self._atoms)}")
