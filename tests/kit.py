@@ -47,11 +47,15 @@ def run_pass(program: Program, one: Pass) -> Program:
     after = pipeline.run(program, [one])
     if one.needs == one.gives:
         again = pipeline.run(after, [one])
-        assert text.render(again.graph) == text.render(after.graph), "a second run changed the graph"
+        assert text.render(again.graph) == text.render(after.graph), (
+            "a second run changed the graph"
+        )
     return after
 
 
-def normalized(fn: Callable[..., Any], x: torch.Tensor, one: Pass, **tensors: torch.Tensor) -> Program:
+def normalized(
+    fn: Callable[..., Any], x: torch.Tensor, one: Pass, **tensors: torch.Tensor
+) -> Program:
     """Export, run the passes before `one`, then `one`."""
     return run_pass(before(exported(fn, x, **tensors), type(one)), one)
 
@@ -61,7 +65,9 @@ def counts(program: Program) -> dict[str, int]:
     return text.op_counts(program.graph)
 
 
-def error(program: Program, fn: Callable[..., Any], x: torch.Tensor, **tensors: torch.Tensor) -> float:
+def error(
+    program: Program, fn: Callable[..., Any], x: torch.Tensor, **tensors: torch.Tensor
+) -> float:
     """Relative error of `program` on `x` against `fn` computed in fp64."""
     reference = Function(fn, **tensors).double()
     with torch.no_grad():

@@ -34,11 +34,10 @@ def test_any_order_of_letters(left, right, output):
 
     x = torch.randn(12, 3, 4)
     from kit import Function
+
     from wancompile.export import export
 
-    program = run_pass(
-        export(Function(fn, w=other), [{"x": x}], dynamic=False), RaiseEinsum()
-    )
+    program = run_pass(export(Function(fn, w=other), [{"x": x}], dynamic=False), RaiseEinsum())
     assert "einsum" not in counts(program)
     assert error(program, fn, x, w=other) < 1e-5
 

@@ -38,8 +38,9 @@ def test_an_addition_of_another_shape_is_no_bias():
 
     tensors = {"w": torch.randn(4, 6), "table": torch.randn(5, 4)}
     x = torch.randn(2, 5, 6)
-    from wancompile.export import export
     from kit import Function, before, run_pass
+
+    from wancompile.export import export
 
     program = export(Function(fn, **tensors), [{"x": x}])
     program = run_pass(before(program, RaiseLinear), RaiseLinear())

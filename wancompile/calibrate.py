@@ -84,10 +84,15 @@ class Calibration:
     def _set_label(self, tensors: list[torch.Tensor]) -> None:
         """Point the observers at the range of this call's timestep.
 
-        The timestep is the one input with at most two dimensions; a model without such an input,
-        or with several, has all its statistics in the first range.
+        The timestep is the one input with an entry per video, or per token of it; a model without
+        such an input, or with several, has all its statistics in the first range.
         """
-        small = [tensor for tensor in tensors if tensor.dim() <= 2]
+        specs = self._observed.signature.inputs
+        small = [
+            tensor
+            for tensor, spec in zip(tensors, specs, strict=True)
+            if 1 <= len(spec.shape) <= 2 and spec.shape[0] is None
+        ]
         index = 0
         if len(small) == 1:
             share = float(small[0].float().amax()) / _TIMESTEPS

@@ -103,9 +103,13 @@ def _tensors(arguments: Mapping[str, Any]) -> dict[str, torch.Tensor]:
 
 def _dynamic_dims(arguments: Sequence[Mapping[str, Any]]) -> dict[str, set[int]]:
     samples = [_tensors(one) for one in arguments]
+    batch = max(samples[0].values(), key=torch.Tensor.dim).shape[0]
     dims = {}
     for name, tensor in samples[0].items():
-        expected = set(_DYNAMIC_DIMS.get(tensor.dim(), (0,)))
+        expected = set(_DYNAMIC_DIMS.get(tensor.dim(), ()))
+        # A short tensor of another length than the batch holds settings, not one entry per video.
+        if tensor.dim() <= 2 and expected and tensor.shape[0] != batch:
+            expected = set()
         varying = {
             dim
             for dim in range(tensor.dim())
@@ -232,20 +236,24 @@ def _lift_state(graph: Graph, exported: ExportedProgram) -> dict[str, torch.Tens
     """Turn the placeholders of parameters, buffers and constants into reads of stored tensors."""
     tensors = {**dict(exported.named_parameters()), **dict(exported.named_buffers())}
     tensors.update({k: v for k, v in exported.constants.items() if isinstance(v, torch.Tensor)})
-    state: dict[str, torch.Tensor] = {}
     kinds = {spec.arg.name: spec for spec in exported.graph_signature.input_specs}
-    for node in [node for node in graph.nodes if node.op == "placeholder"]:
-        spec = kinds[node.name]
-        if spec.kind is InputKind.USER_INPUT:
-            continue
-        name = str(spec.target)
-        state[name] = tensors[name].detach()
+    names = {
+        node: str(kinds[node.name].target)
+        for node in graph.nodes
+        if node.op == "placeholder" and kinds[node.name].kind is not InputKind.USER_INPUT
+    }
+    read_stored(graph, names)
+    return {name: tensors[name].detach() for name in names.values()}
+
+
+def read_stored(graph: Graph, names: Mapping[Node, str]) -> None:
+    """Turn placeholders into reads of the stored tensors that `names` gives them."""
+    for node, name in names.items():
         with graph.inserting_before(node):
             read = graph.create_node("get_attr", name)
         read.meta["val"] = node.meta["val"]
         node.replace_all_uses_with(read)
         graph.erase_node(node)
-    return state
 
 
 def check_finite(state: Mapping[str, torch.Tensor]) -> None:

@@ -1,0 +1,144 @@
+"""`wancompile inspect`: print a graph, or what changes between two levels of it."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from wancompile import cli_model
+from wancompile.html import write_html
+from wancompile.inspect import climb, compare, diff, lines
+from wancompile.ir.levels import Level
+from wancompile.program import Program
+from wancompile.recipe import Recipe
+from wancompile.report import Report
+
+# What a level is made from: observers are a side branch, quantization starts at NORMAL.
+MADE_FROM = {
+    Level.EXPORTED: Level.EXPORTED,
+    Level.NORMAL: Level.EXPORTED,
+    Level.OBSERVED: Level.NORMAL,
+    Level.QUANTIZED: Level.NORMAL,
+    Level.LOWERED: Level.QUANTIZED,
+}
+
+_DESCRIPTION = """\
+Print the graph of a model at a level, or the difference between two levels.
+
+  EXPORTED   as torch.export captures it
+  NORMAL     one spelling, groups and folds proved
+  OBSERVED   NORMAL with observers for calibration
+  QUANTIZED  8-bit linears, and attention if the recipe says so
+  LOWERED    QUANTIZED with a kernel chosen for each op on this machine
+
+Values that belong to a linear or an attention are named after it. QUANTIZED and LOWERED compute
+with weights: give a folder that has some, or --tiny.
+"""
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the subcommand."""
+    parser = subparsers.add_parser(
+        "inspect",
+        help="print the graph of a model at a level, or what changes between two",
+        description=_DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(parser=parser)
+    cli_model.add_arguments(parser)
+    cli_model.add_tiny(parser)
+    parser.add_argument(
+        "--to",
+        type=_level,
+        default=Level.NORMAL,
+        metavar="LEVEL",
+        help="the level to print (default: NORMAL)",
+    )
+    parser.add_argument(
+        "--from",
+        dest="start",
+        type=_level,
+        metavar="LEVEL",
+        help="print the difference from this level on",
+    )
+    parser.add_argument(
+        "--diff", action="store_true", help="print the difference from the level before --to"
+    )
+    parser.add_argument(
+        "--site",
+        metavar="GLOB",
+        help="show only modules that match, such as 'blocks.0' or '*.to_q'",
+    )
+    parser.add_argument(
+        "--calibrate",
+        type=cli_model.positive,
+        default=0,
+        metavar="N",
+        help="observe N random calls, so that smoothing and attention scales "
+        "show up; random numbers say nothing about quality",
+    )
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write a page instead")
+    parser.add_argument(
+        "--dump",
+        type=Path,
+        metavar="FOLDER",
+        help="write the graph after every pass, and every pass's diff",
+    )
+
+
+def _level(text: str) -> Level:
+    try:
+        return Level[text.upper()]
+    except KeyError:
+        known = ", ".join(level.name for level in Level)
+        raise argparse.ArgumentTypeError(f"no level {text!r}; there are {known}") from None
+
+
+def run(args: argparse.Namespace) -> None:
+    """Climb to the level and print."""
+    start, to = args.start, args.to
+    if start is None:
+        start = MADE_FROM[to]
+    elif start >= to:
+        args.parser.error(f"--from {start.name} is not below --to {to.name}")
+    recipe = cli_model.recipe(args.recipe)
+    computes = to >= Level.QUANTIZED
+    if computes and recipe.attention is not None and not args.calibrate:
+        args.parser.error(f"the recipe {recipe.name} needs attention scales: add --calibrate 1")
+    needs_weights = computes or args.tiny or args.calibrate
+    subject = cli_model.with_weights(args) if needs_weights else cli_model.on_meta(args)
+    calls = [cli_model.random_call(subject, seed) for seed in range(args.calibrate)]
+    programs = climb(
+        subject.model, subject.inputs, to, recipe=recipe, calibration=calls, dump=args.dump
+    )
+    if args.html is not None:
+        _write_page(args, subject, recipe, programs[start], programs)
+    elif args.diff or args.start is not None:
+        print(diff(programs[start], programs[to], args.site) or "nothing differs")
+    else:
+        print("\n".join(line.text for line in lines(programs[to], args.site)))
+
+
+def _write_page(
+    args: argparse.Namespace,
+    subject: cli_model.Subject,
+    recipe: Recipe,
+    before: Program,
+    programs: dict[Level, Program],
+) -> None:
+    after = programs[args.to]
+    report = Report(recipe, (), (), (), before.nbytes, 0).with_program(after)
+    normal = programs.get(Level.NORMAL)
+    comparison = None
+    if normal is not None and args.to >= Level.QUANTIZED:
+        comparison = compare(normal, after, subject.inputs)
+    path = write_html(
+        args.html,
+        report,
+        programs=(before, after) if before is not after else None,
+        comparison=comparison,
+        title=subject.name,
+        block=args.site,
+    )
+    print(f"wrote {path}", file=sys.stderr)

@@ -1,0 +1,236 @@
+"""The page of a report: its parts in order, one file without links to anything outside."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from importlib.resources import files
+from pathlib import Path
+
+from wancompile.html import chart, graph, sections
+from wancompile.html.extras import Extras, render
+from wancompile.html.markup import Html, el, join
+from wancompile.inspect import Comparison, blocks, side_by_side
+from wancompile.program import Program
+from wancompile.report import Report
+from wancompile.units import nbytes, percent, plural, seconds
+
+Section = tuple[str, str, str, Html]
+
+
+def write_html(
+    path: str | Path,
+    report: Report,
+    *,
+    programs: tuple[Program, Program] | None = None,
+    comparison: Comparison | None = None,
+    extras: Extras | None = None,
+    title: str = "",
+    block: str | None = None,
+) -> Path:
+    """Write `report` as one self-contained HTML file.
+
+    Args:
+        path: the file; folders above it are made.
+        report: of `compile`, or of any program.
+        programs: two programs of the model, before and after, of which one block is shown.
+        comparison: their errors site by site, from `inspect.compare`.
+        extras: tables and pictures of results, shown first.
+        title: what was compiled, such as the name of a checkpoint.
+        block: glob of the module to show of `programs`; the first repeated block if not given.
+
+    Returns:
+        The path.
+
+    Raises:
+        InputError: `block` matches nothing, or a picture has no image or video type.
+    """
+    parts = _sections(report, programs, comparison, extras, block)
+    name = " - ".join(part for part in (title, report.recipe.name, "wancompile") if part)
+    head = el(
+        "head",
+        el("meta", charset="utf-8"),
+        el("meta", name="viewport", content="width=device-width, initial-scale=1"),
+        el("meta", name="color-scheme", content="light dark"),
+        el("title", name),
+        el("style", _asset("report.css")),
+    )
+    body = el(
+        "body",
+        _header(report, title),
+        el("nav", [el("a", link, href=f"#{key}") for key, link, _, _ in parts]),
+        el("main", [_section(*part) for part in parts]),
+        el("script", _asset("report.js")),
+    )
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(f"<!doctype html>\n{el('html', head, body, lang='en')}\n", encoding="utf-8")
+    return target
+
+
+def _asset(name: str) -> Html:
+    return Html(files("wancompile.html").joinpath(name).read_text(encoding="utf-8"))
+
+
+def _sections(
+    report: Report,
+    programs: tuple[Program, Program] | None,
+    comparison: Comparison | None,
+    added: Extras | None,
+    block: str | None,
+) -> list[Section]:
+    parts: list[Section] = []
+    if added is not None:
+        parts.append(("results", "Results", "", join(render(added))))
+    parts.append(("roles", "Roles", _ROLES, sections.roles(report.roles)))
+    if any(group.smoothing for group in report.groups):
+        parts.append(("errors", "Errors", _ERRORS, _group_chart(report)))
+    if comparison is not None:
+        parts.append(("sites", "Whole model", _sites_text(comparison), _site_chart(comparison)))
+    if programs is not None:
+        chosen = block or _first_block(programs[0])
+        text = f"{chosen or 'The whole graph'}, one line a value, unchanged stretches folded."
+        parts.append(("graph", "Before and after", text, _graph(programs, chosen)))
+    parts += [
+        ("groups", "Groups", _GROUPS, sections.groups(report.groups, report.recipe)),
+        ("passes", "Passes", _PASSES, sections.pipeline(report.records)),
+        ("skipped", "Skipped", "", sections.skipped(report)),
+        ("ungrouped", "In no group", _UNGROUPED, sections.ungrouped(report.ungrouped)),
+    ]
+    return parts
+
+
+_ROLES = (
+    "Linears that read one value form a group; its role is proved from the dataflow around it. "
+    "Errors are means over groups of the relative L2 error of the quantized output, on calibration "
+    "tokens that did not choose the smooth scale s."
+)
+_ERRORS = "Each group by depth: open circles without smoothing, full ones as compiled."
+_GROUPS = "What was found, where the reciprocal of the smooth scale went, and what it bought."
+_PASSES = (
+    "In the order they ran; a line with counts opens. The last column is how far the model's "
+    "output moved over a run of exact passes, where it was measured."
+)
+_UNGROUPED = "Linears that stay in floating point because no group claims them."
+
+
+def _sites_text(comparison: Comparison) -> str:
+    text = (
+        f"Outputs of every linear and attention on one call, {comparison.after.name} against "
+        f"{comparison.before.name}. Each program ran on its own values, so errors accumulate."
+    )
+    if comparison.left_out:
+        text += (
+            f" {plural(len(comparison.left_out), 'site')} left out: smoothing scales their values."
+        )
+    return text
+
+
+def _section(key: str, title: str, text: str, content: Html) -> Html:
+    return el(
+        "section", el("h2", title), el("p", text, class_="lead") if text else None, content, id=key
+    )
+
+
+def _header(report: Report, title: str) -> Html:
+    return el(
+        "header",
+        el("p", "wancompile report", class_="eyebrow"),
+        el("h1", title or report.recipe.name),
+        el("p", _summary(report), class_="summary"),
+        el("dl", [_fact(*fact) for fact in _facts(report)]),
+    )
+
+
+def _summary(report: Report) -> str:
+    kinds: Counter[str] = Counter()
+    for group in report.groups:
+        spec = report.recipe.spec_for(group)
+        kinds[spec.dtype if spec else "floating point"] += len(group.sites)
+    linears = ", ".join(f"{plural(n, 'linear')} in {kind}" for kind, n in kinds.most_common())
+    attention = report.recipe.attention
+    wish = f"attention in {attention}" if attention else "attention in floating point"
+    return f"Recipe {report.recipe.name}: {linears or 'no linear'}, {wish}."
+
+
+def _facts(report: Report) -> list[tuple[str, object, str]]:
+    judged = [group.smoothing for group in report.groups if group.smoothing is not None]
+    facts: list[tuple[str, object, str]] = []
+    if report.bytes_before:
+        share = report.bytes_after / report.bytes_before
+        bar = el("span", el("i", style=f"width:{100 * min(1.0, share):.1f}%"), class_="meter")
+        size = f"{nbytes(report.bytes_before)} to {nbytes(report.bytes_after)}"
+        facts.append(("weights", size, join(bar, percent(share))))
+    facts.append(("groups", f"{len(report.groups):,}", _members(report)))
+    if judged:
+        plain = sum(one.error_plain for one in judged) / len(judged)
+        error = sum(one.error for one in judged) / len(judged)
+        smoothed = f"{sum(one.applied for one in judged)} of {len(judged)}"
+        facts.append(("smoothed", smoothed, "where it lowers the error"))
+        facts.append(("mean error", percent(error, 3), f"{percent(plain, 3)} without smoothing"))
+    total = sum(record.seconds for record in report.records)
+    facts.append(("passes", len(report.records), f"in {seconds(total)}"))
+    return facts
+
+
+def _members(report: Report) -> str:
+    members = sum(len(group.sites) for group in report.groups)
+    return f"{plural(members, 'linear')}, {len(report.ungrouped)} in none"
+
+
+def _fact(name: str, value: object, note: str) -> Html:
+    return el("div", el("dt", name), el("dd", value), el("dd", note, class_="note"))
+
+
+def _group_chart(report: Report) -> Html:
+    last = max(1, len(report.groups) - 1)
+    points = []
+    for index, group in enumerate(report.groups):
+        found = group.smoothing
+        if found is None:
+            continue
+        after, plain = percent(found.error, 3), percent(found.error_plain, 3)
+        text = f"{', '.join(group.members)}\n{plain} plain, {after} as compiled"
+        before = found.error_plain if found.applied else None
+        points.append(chart.Point(index / last, found.error, str(group.role), text, before))
+    ticks = _ticks([str(group.key) for group in report.groups])
+    return chart.scatter(points, ticks, caption="Relative L2 error of each group by block")
+
+
+def _site_chart(comparison: Comparison) -> Html:
+    found = [one for one in comparison.errors if one.relative > 0]
+    last = max(1, len(found) - 1)
+    points = [
+        chart.Point(
+            index / last,
+            one.relative,
+            one.role or "in no group",
+            f"{one.site}\n{percent(one.relative, 3)}, {one.sqnr:.1f} dB, cosine {one.cosine:.6f}",
+        )
+        for index, one in enumerate(found)
+    ]
+    ticks = _ticks([one.site for one in found])
+    drawn = chart.scatter(points, ticks, caption="Relative L2 error of each output by block")
+    return join(drawn, el("h3", "Largest errors"), sections.worst_sites(comparison))
+
+
+def _ticks(sites: Sequence[str]) -> list[chart.Tick]:
+    """Mark where each repeated block begins, by its number."""
+    last, found = max(1, len(sites) - 1), blocks(sites)
+    first: dict[str, int] = {}
+    for index, site in enumerate(sites):
+        if site in found:
+            first.setdefault(found[site], index)
+    return [chart.Tick(at / last, block.rpartition(".")[2]) for block, at in first.items()]
+
+
+def _first_block(program: Program) -> str | None:
+    """Return the first of the repeated blocks that hold groups, None where nothing repeats."""
+    found = blocks(str(group.key) for group in program.groups)
+    return next(iter(found.values()), None)
+
+
+def _graph(programs: tuple[Program, Program], block: str | None) -> Html:
+    before, after = programs
+    rows = side_by_side(before, after, block)
+    return graph.panes(rows, before.level.name, after.level.name)

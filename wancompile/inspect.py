@@ -1,0 +1,313 @@
+"""Looking at programs: their text line by line, what differs between two, and how exact one is."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from wancompile import passes, pipeline
+from wancompile.calibrate import Calibration
+from wancompile.errors import InputError, LevelError
+from wancompile.export import export
+from wancompile.ir import match
+from wancompile.ir.levels import Level
+from wancompile.ir.site import Fold, Site
+from wancompile.passes.observe import Observe
+from wancompile.program import Program
+from wancompile.quant.stats import Stats
+from wancompile.recipe import Recipe, resolve
+
+_VALUE = re.compile(r"%(\w+)")
+_DOUBLE = re.compile(r"\(\(([^()]*)\)\)")
+
+
+# Text ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Line:
+    """One value of a program as text; `path` is its site, or the module whose forward made it."""
+
+    text: str
+    path: str
+
+    @property
+    def head(self) -> str:
+        """The name of the value, alike in two programs of one model where it has a site."""
+        return self.text.partition(":")[0] if self.text.startswith("%") else self.text
+
+
+class Change(StrEnum):
+    """How a line of two programs differs."""
+
+    SAME = "same"
+    CHANGED = "changed"
+    REMOVED = "removed"
+    ADDED = "added"
+
+
+@dataclass(frozen=True)
+class Row:
+    """Two lines that stand side by side; one is None where the other program has none."""
+
+    change: Change
+    before: Line | None
+    after: Line | None
+
+
+def lines(program: Program, site: str | None = None) -> list[Line]:
+    """Return the program as lines, those under `site` only if it is given.
+
+    Values that have a site are named after it, so that quantizing a linear changes one line and
+    not every line that reads it. `site` is a glob for module paths; what lies under a module that
+    matches is shown with it.
+
+    Raises:
+        InputError: `site` matches nothing.
+    """
+    shown = [node for node in program.graph.nodes if node.op != "get_attr"]
+    names = {node.name: str(at) for node in shown if (at := match.site(node)) is not None}
+    found = [
+        Line(_named_by_site(text, names), _path(node))
+        for node, text in zip(shown, program.print().splitlines(), strict=True)
+    ]
+    kept = [line for line in found if site is None or is_under(line.path, site)]
+    if not kept:
+        near = difflib.get_close_matches(
+            str(site).replace("*", ""), sorted({line.path for line in found}), n=3, cutoff=0.0
+        )
+        raise InputError(f"nothing in the graph matches {site!r}; nearest are {', '.join(near)}")
+    return kept
+
+
+def is_under(path: str, pattern: str) -> bool:
+    """Whether a module path matches the glob, or lies under a module that does."""
+    return any(fnmatchcase(path, pattern + tail) for tail in ("", ".*", ":*", "#*"))
+
+
+def blocks(sites: Iterable[str]) -> dict[str, str]:
+    """Return the repeated block of each site that lies in one, such as `layers.3`.
+
+    A block is the path up to the first number. Of several lists of modules in a model the one that
+    holds the most sites counts: others are parts of an embedder or of a side branch.
+    """
+    found = {site: block for site in sites if (block := _block(site))}
+    families = Counter(block.rpartition(".")[0] for block in found.values())
+    largest = families.most_common(1)[0][0] if families else ""
+    return {site: block for site, block in found.items() if block.rpartition(".")[0] == largest}
+
+
+def _block(path: str) -> str:
+    parts = path.split(".")
+    number = next((index for index, part in enumerate(parts) if part.isdigit()), None)
+    return "" if number is None else ".".join(parts[: number + 1])
+
+
+def diff(before: Program, after: Program, site: str | None = None, *, context: int = 2) -> str:
+    """Return a unified diff of two programs of one model, empty where they agree."""
+    a, b = ([line.text for line in lines(one, site)] for one in (before, after))
+    names = before.level.name, after.level.name
+    return "\n".join(difflib.unified_diff(a, b, *names, lineterm="", n=context))
+
+
+def side_by_side(before: Program, after: Program, site: str | None = None) -> list[Row]:
+    """Return two programs of one model with their lines aligned."""
+    a, b = lines(before, site), lines(after, site)
+    rows: list[Row] = []
+    for tag, i, j, k, m in _opcodes([line.text for line in a], [line.text for line in b]):
+        if tag == "equal":
+            rows += [Row(Change.SAME, x, y) for x, y in zip(a[i:j], b[k:m], strict=True)]
+        else:
+            rows += _aligned(a[i:j], b[k:m])
+    return rows
+
+
+def _aligned(before: Sequence[Line], after: Sequence[Line]) -> list[Row]:
+    """Pair the lines of a changed stretch that define the same value."""
+    rows: list[Row] = []
+    for tag, i, j, k, m in _opcodes([line.head for line in before], [line.head for line in after]):
+        if tag == "equal":
+            pairs = zip(before[i:j], after[k:m], strict=True)
+            rows += [Row(Change.CHANGED, x, y) for x, y in pairs]
+            continue
+        rows += [Row(Change.REMOVED, line, None) for line in before[i:j]]
+        rows += [Row(Change.ADDED, None, line) for line in after[k:m]]
+    return rows
+
+
+def _opcodes(a: Sequence[str], b: Sequence[str]) -> list[tuple[str, int, int, int, int]]:
+    return list(difflib.SequenceMatcher(None, a, b, autojunk=False).get_opcodes())
+
+
+def _named_by_site(text: str, names: Mapping[str, str]) -> str:
+    code = _DOUBLE.sub(r"(\1)", text.partition("  # ")[0])
+    return _VALUE.sub(lambda found: "%" + names.get(found.group(1), found.group(1)), code)
+
+
+def _path(node: Node) -> str:
+    return str(match.site(node) or match.module_path(node))
+
+
+# Levels -------------------------------------------------------------------------------------
+
+
+def climb(
+    model: torch.nn.Module,
+    call: Mapping[str, Any],
+    to: Level,
+    *,
+    recipe: str | Recipe = "int8",
+    calibration: Iterable[Mapping[str, Any]] = (),
+    dynamic: bool = False,
+    dump: Path | None = None,
+) -> dict[Level, Program]:
+    """Return `model` at every level up to `to`.
+
+    Args:
+        model: with real weights, or on the meta device for levels that compute nothing.
+        call: named arguments of one call, which shows the shapes.
+        to: the last level wanted.
+        recipe: what QUANTIZED and LOWERED are made with.
+        calibration: calls to observe for smoothing and attention scales; none, no smoothing.
+        dynamic: whether batch, frames, height and width stay symbolic.
+        dump: a folder for the text of every level and the diff of every pass.
+
+    Raises:
+        LevelError: `to` computes with weights, and they are on the meta device.
+        WancompileError: as `compile` does.
+    """
+    is_meta = any(tensor.is_meta for tensor in model.state_dict().values())
+    if is_meta and to >= Level.QUANTIZED:
+        raise LevelError(f"{to.name} computes with weights, and this model has none (meta device)")
+    program = export(model, [call], dynamic=dynamic)
+    found = {Level.EXPORTED: program}
+    if to >= Level.NORMAL:
+        found[Level.NORMAL] = pipeline.run(program, passes.NORMALIZE, dump=dump)
+    if to >= Level.OBSERVED:
+        found[Level.OBSERVED] = pipeline.run(found[Level.NORMAL], (Observe(),))
+    if to >= Level.QUANTIZED:
+        chosen, stats = resolve(recipe), _observe(found[Level.NORMAL], calibration)
+        chosen.check(found[Level.NORMAL].groups)
+        steps = (*passes.smoothing(chosen, stats), *passes.quantization(chosen, stats))
+        found[Level.QUANTIZED] = pipeline.run(found[Level.NORMAL], steps, dump=dump)
+    if to >= Level.LOWERED:
+        steps = passes.lowering(next(iter(program.state.values())).device)
+        found[Level.LOWERED] = pipeline.run(found[Level.QUANTIZED], steps, dump=dump)
+    return found
+
+
+def _observe(normal: Program, calls: Iterable[Mapping[str, Any]]) -> Stats | None:
+    calibration = None
+    for call in calls:
+        calibration = calibration or Calibration(normal)
+        calibration(**call)
+    return calibration.stats() if calibration else None
+
+
+# Errors -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class SiteError:
+    """How far the output of one call lies from the reference.
+
+    `relative` is `|actual - expected| / |expected|` in L2, `sqnr` is the same in dB (infinite
+    where nothing differs), `cosine` the cosine between both. `role` is that of the site's group,
+    the kind of attention, or empty.
+    """
+
+    site: str
+    role: str
+    relative: float
+    sqnr: float
+    cosine: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two programs of one model on one call, site by site in execution order.
+
+    Errors accumulate: each program runs on its own values. `left_out` names sites that hold other
+    numbers on purpose, with the reason.
+    """
+
+    before: Level
+    after: Level
+    errors: tuple[SiteError, ...]
+    left_out: tuple[tuple[str, str], ...] = ()
+
+    def worst(self, limit: int = 10) -> tuple[SiteError, ...]:
+        """Return the sites of the largest relative errors, worst first."""
+        return tuple(sorted(self.errors, key=lambda one: -one.relative)[:limit])
+
+
+def compare(program_a: Program, program_b: Program, inputs: Mapping[str, Any]) -> Comparison:
+    """Run both programs on `inputs` and compare the output of every linear and attention.
+
+    Args:
+        program_a: the reference.
+        program_b: a program of the same model at any other level.
+        inputs: named arguments of one call of the model.
+
+    Raises:
+        InputError: the programs share no site, or `inputs` do not fit.
+    """
+    left_out = _rescaled(program_a, program_b)
+    other = match.by_site(program_b.graph)
+    sites = [s for s in match.by_site(program_a.graph) if s in other and s not in left_out]
+    if not sites:
+        raise InputError("the programs have no site in common: they are not of one model")
+    expected = program_a.values(sites, **inputs)
+    actual = program_b.values(sites, **inputs)
+    roles = _roles(program_a)
+    errors = tuple(
+        _error(str(site), roles.get(site, ""), actual[site], expected[site]) for site in sites
+    )
+    reasons = tuple((str(site), reason) for site, reason in left_out.items())
+    return Comparison(program_a.level, program_b.level, errors, reasons)
+
+
+def _rescaled(a: Program, b: Program) -> dict[Site, str]:
+    """Return the sites whose values smoothing scales: what a fold into value rows changes."""
+    inverse_a, inverse_b = (
+        {
+            g.key: g.smoothing.inverse
+            for g in one.groups
+            if g.fold is Fold.VALUE_ROWS and g.smoothing
+        }
+        for one in (a, b)
+    )
+    found = {}
+    for attention in b.attentions:
+        out = attention.out
+        if out is not None and inverse_a.get(out, "") != inverse_b.get(out, ""):
+            reason = f"scaled by the smooth scale of {out}"
+            found.update(dict.fromkeys((attention.v, attention.site), reason))
+    return found
+
+
+def _roles(program: Program) -> dict[Site, str]:
+    roles = {site: str(group.role) for group in program.groups for site in group.sites}
+    for attention in program.attentions:
+        roles[attention.site] = "self-attention" if attention.is_self else "cross-attention"
+    return roles
+
+
+def _error(site: str, role: str, actual: torch.Tensor, expected: torch.Tensor) -> SiteError:
+    relative = pipeline.relative_error(actual, expected)
+    sqnr = -20 * math.log10(relative) if relative > 0 else math.inf
+    flat_a, flat_e = actual.double().flatten(), expected.double().flatten()
+    norms = float(flat_a.norm() * flat_e.norm())
+    cosine = float(flat_a @ flat_e) / norms if norms else 1.0
+    return SiteError(site, role, relative, sqnr, cosine)
