@@ -1,0 +1,1 @@
+"""How the small Wan transformers that ship with the package were trained."""
