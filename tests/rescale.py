@@ -65,10 +65,11 @@ class _Factors:
 
 
 def _rescale_modulation(model: nn.Module, blocks: Iterable[nn.Module], draw: _Factors) -> None:
-    """`norm * (1 + scale) + shift` times f is `norm * (1 + scale') + shift'` where
+    """Scale the modulated norms of all blocks.
 
-    `shift' = f * shift` and `scale' = f * scale + (f - 1)`. Both vectors are a block's table plus
-    the time projection; all blocks share the projection, so they share f as well.
+    `norm * (1 + scale) + shift` times f is `norm * (1 + scale') + shift'` with `shift' = f * shift`
+    and `scale' = f * scale + (f - 1)`. Both vectors are a block's table plus the time projection;
+    all blocks share the projection, so they share f as well.
     """
     projection = model.condition_embedder.time_proj
     for positions, readers in ((_ATTENTION, _self_attention), (_FEED_FORWARD, _feed_forward)):

@@ -49,7 +49,7 @@ def choose(
         weight: `[N, K]` fp32, all linears of the group stacked.
         tokens: `[R, K]`, sampled inputs. Even ones choose the scale, odd ones judge it.
         dtype: int8 or e4m3, of weights (per output channel) and activations (per token).
-        steps: alpha runs over `steps + 1` values from 0 to 1, with beta = 1 - alpha and beta = 0.
+        steps: alpha runs over `steps` values up to 1, each with beta = 1 - alpha and beta = 0.
 
     Returns:
         The choice, or None where there are too few tokens to judge one.

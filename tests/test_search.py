@@ -1,0 +1,133 @@
+"""The search for a smooth scale, on data made so that the best answer is known."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from wancompile.quant.numerics import FP8, INT8
+from wancompile.quant.search import Choice, choose, output_error, smooth_scale, stack_weights
+
+
+def outlier_data(sigma: float, tokens: int = 64, k: int = 32, n: int = 48):
+    """Tokens whose channels differ in size, and a weight that makes up for it."""
+    factor = (sigma * torch.randn(k)).exp()
+    return torch.randn(tokens, k) * factor, torch.randn(n, k) / factor
+
+
+@pytest.mark.parametrize("sigma", [1.0, 1.5, 2.0])
+def test_int8_with_outliers_is_won_back(sigma):
+    x, weight = outlier_data(sigma)
+    choice = choose(x.abs().amax(0), weight, x, INT8)
+    even_x, even_weight = outlier_data(0.0)
+    without_outliers = output_error(even_x, even_weight, INT8, None)
+    assert choice.helps
+    assert choice.error_plain > 3 * without_outliers
+    assert choice.error_smoothed < 1.3 * without_outliers
+
+
+def test_errors_are_those_of_the_tokens_that_did_not_choose():
+    x, weight = outlier_data(1.5)
+    choice = choose(x.abs().amax(0), weight, x, INT8)
+    for scale, error in ((1.0, choice.error_plain), (choice.best.scale, choice.error_smoothed)):
+        assert error == pytest.approx(int8_error(x[1::2] / scale, weight * scale), rel=1e-4)
+
+
+def int8_error(x, weight):
+    """The error of rounding both factors to int8 per row, in fp64."""
+    exact = x.double() @ weight.double().T
+    rounded = in_int8(x.double()) @ in_int8(weight.double()).T
+    return float((rounded - exact).norm() / exact.norm())
+
+
+def in_int8(x):
+    step = x.abs().amax(1, keepdim=True) / 127
+    return (x / step).round() * step
+
+
+def test_the_best_exponents_are_among_those_tried():
+    x, weight = outlier_data(1.5)
+    amax, weight_amax = x.abs().amax(0), weight.abs().amax(0)
+    best = choose(amax, weight, x, INT8).best
+    chosen = output_error(x[0::2], weight, INT8, best.scale)
+    for alpha in (0.05, 0.25, 0.5, 0.75, 1.0):
+        for beta in (0.0, 1 - alpha):
+            other = smooth_scale(amax, weight_amax, alpha, beta)
+            assert chosen <= output_error(x[0::2], weight, INT8, other)
+    assert torch.equal(best.scale, smooth_scale(amax, weight_amax, best.alpha, best.beta))
+
+
+def test_a_scale_that_fits_only_the_tokens_that_chose_it_is_not_taken():
+    x = torch.randn(64, 16).sign() * 1.0
+    weight = torch.randn(24, 16).sign() * 1.0
+    x[0::2, 0] *= 50
+    choice = choose(x.abs().amax(0), weight, x, INT8)
+    trained = [output_error(x[0::2], weight, INT8, s) for s in (None, choice.best.scale)]
+    assert trained[1] < trained[0]
+    assert choice.error_smoothed > choice.error_plain
+    assert not choice.helps
+
+
+def test_exact_data_needs_no_scale():
+    x, weight = torch.randn(32, 16).sign(), torch.randn(8, 16).sign()
+    choice = choose(x.abs().amax(0), weight, x, INT8)
+    assert choice.error_plain < 1e-6
+    assert not choice.helps
+
+
+def test_nan_never_helps():
+    assert not Choice(None, math.nan, 0.1).helps
+    assert not Choice(None, 0.1, math.nan).helps
+
+
+def test_too_few_tokens_judge_nothing():
+    x, weight = outlier_data(1.5, tokens=3)
+    assert choose(x.abs().amax(0), weight, x, INT8) is None
+    x, weight = outlier_data(1.5, tokens=4)
+    assert choose(x.abs().amax(0), weight, x, INT8) is not None
+
+
+def test_many_outputs_are_sampled_and_few_are_not():
+    x, weight = outlier_data(1.5, n=3000)
+    choice = choose(x.abs().amax(0), weight, x, FP8)
+    every_third = output_error(x[1::2], weight[::3], FP8, None)
+    assert choice.error_plain == pytest.approx(every_third, rel=1e-6)
+
+
+@given(
+    k=st.integers(1, 40),
+    alpha=st.floats(0.05, 1),
+    beta=st.floats(0, 1),
+    seed=st.integers(0, 999),
+)
+@settings(deadline=None, max_examples=60)
+def test_live_channels_have_geometric_mean_one_and_dead_ones_are_one(k, alpha, beta, seed):
+    generator = torch.Generator().manual_seed(seed)
+    amax, weight_amax = (torch.rand(k, generator=generator).add(0.1) for _ in range(2))
+    dead = torch.rand(k, generator=generator) < 0.3
+    amax[dead & (torch.arange(k) % 2 == 0)] = 0
+    weight_amax[dead & (torch.arange(k) % 2 == 1)] = 0
+    scale = smooth_scale(amax, weight_amax, alpha, beta)
+    assert (scale > 0).all()
+    assert (scale[dead] == 1).all()
+    if not dead.all():
+        assert float(scale[~dead].log().mean()) == pytest.approx(0, abs=1e-5)
+    live = (amax[~dead] ** alpha / weight_amax[~dead] ** beta).log()
+    assert torch.allclose(live - live.mean(), scale[~dead].log(), atol=1e-4)
+
+
+def test_scales_stay_in_the_range_of_fp16():
+    amax, weight_amax = torch.tensor([1e30, 1.0, 1e-20]), torch.ones(3)
+    scale = smooth_scale(amax, weight_amax, 1.0, 0.0)
+    assert scale.max() <= 1e4
+    assert scale.min() >= 1e-4
+
+
+def test_weights_are_stacked_over_their_outputs():
+    a, b = torch.randn(2, 5), torch.randn(3, 5)
+    assert torch.equal(stack_weights([a, b]), torch.cat([a, b]))
+    assert stack_weights([a]) is a
