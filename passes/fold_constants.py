@@ -57,8 +57,17 @@ def _folds(node: Node, constant: set[Node]) -> bool:
 
 
 def _fold(draft: Draft, node: Node) -> None:
-    value = edit.evaluate_constant(node, draft.state).to(match.val(node).dtype)
-    source = next(n for n in match.backward([node], match.is_constant) if match.is_constant(n))
-    stored = draft.store(f"folded.{source.target}", value.contiguous(), before=node)
-    draft.did(str(source.target), "scale folded in")
+    dtype = match.val(node).dtype
+    precise = torch.promote_types(dtype, torch.float32)
+    value = edit.evaluate_constant(node, draft.state, dtype=precise).to(dtype)
+    folded = _first_operand(node)
+    stored = draft.store(f"folded.{folded.target}", value.contiguous(), before=node)
+    draft.did(str(folded.target), "scale folded in")
     draft.replace(node, stored)
+
+
+def _first_operand(node: Node) -> Node:
+    """Return the stored tensor that the scales are folded into: the first one read."""
+    while not match.is_constant(node):
+        node = node.all_input_nodes[0]
+    return node

@@ -63,7 +63,8 @@ class QuantizeAttention:
     def _rewrite(
         self, draft: Draft, attention: Attention, node: Node, groups: Mapping[Site, Group]
     ) -> None:
-        amax = {operand: self._amax(attention, operand) for operand in "qkv"}
+        operands = dict(zip("qkv", match.args(node)[:3], strict=True))
+        amax = {name: self._amax(attention, name, value) for name, value in operands.items()}
         inverse = _value_inverse(draft, attention, groups)
         if inverse is not None:
             amax["v"] = amax["v"] * inverse.to(amax["v"].device).reshape(amax["v"].shape)
@@ -71,14 +72,14 @@ class QuantizeAttention:
         dtypes = {"q": qk, "k": qk, "v": FP8}
         device = match.val(node).device
         scales, rounded = [], []
-        for index, operand in enumerate("qkv"):
+        for operand, value in operands.items():
             scale = scale_of(amax[operand].amax(-1), dtypes[operand]).to(device)
             name = f"{attention.site}.{operand}_scale".replace("#", "_call_").replace(":", "_")
             scales.append(draft.store(name, scale, before=node))
             rounded.append(
                 draft.call(
                     ops.quantize_per_head.default,
-                    match.args(node)[index],
+                    value,
                     scales[-1],
                     dtypes[operand],
                     before=node,
@@ -95,12 +96,14 @@ class QuantizeAttention:
             match.val(node).dtype,
         )
 
-    def _amax(self, attention: Attention, operand: str) -> torch.Tensor:
+    def _amax(self, attention: Attention, operand: str, value: Node) -> torch.Tensor:
         stats = self.stats.heads.get((attention.site, operand)) if self.stats else None
-        if stats is None:
+        heads = (match.shape(value)[1], match.shape(value)[3])
+        if stats is None or stats.amax.shape[1:] != heads:
             raise CalibrationError(
                 "8-bit attention needs calibrated scales, and there are none for this site",
                 site=str(attention.site),
+                source=match.source_line(value),
             )
         return stats.amax.amax(0)
 
@@ -110,9 +113,29 @@ def _obstacle(attention: Attention, node: Node) -> str:
         return "cross-attention stays in floating point"
     if match.rank(node) != 4:
         return f"its operands have {match.rank(node)} dimensions, not [B, H, S, D]"
-    if len(node.args) > 3 and any(arg not in (None, 0.0, False) for arg in match.args(node)[3:6]):
+    if _more_than_softmax(node):
         return "it has a mask, dropout or causality"
+    if not _alike(*match.args(node)[:3]):
+        return "q, k and v differ in heads or head size"
     return ""
+
+
+def _more_than_softmax(node: Node) -> bool:
+    given = (
+        match.arg(node, 3, "attn_mask"),
+        match.arg(node, 4, "dropout_p"),
+        match.arg(node, 5, "is_causal"),
+    )
+    return any(isinstance(one, Node) or bool(one) for one in given)
+
+
+def _alike(q: Node, k: Node, v: Node) -> bool:
+    """Whether all operands agree in batch, heads and head size."""
+    return all(
+        match.same(match.shape(q)[dim], match.shape(other)[dim])
+        for other in (k, v)
+        for dim in (0, 1, 3)
+    )
 
 
 def _value_inverse(

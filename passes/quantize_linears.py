@@ -16,7 +16,8 @@ original is let go at once.
 from __future__ import annotations
 
 import operator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -26,21 +27,12 @@ from wancompile.errors import NumericsError
 from wancompile.ir import edit, match
 from wancompile.ir.edit import Draft
 from wancompile.ir.levels import Level
-from wancompile.ir.site import Group
-from wancompile.quant.numerics import quantize_weight
+from wancompile.ir.site import Group, Site
+from wancompile.quant.numerics import QTensor, quantize_weight
 from wancompile.recipe import QSpec, Recipe
 
 aten = torch.ops.aten
 ops = torch.ops.wancompile
-
-
-@dataclass(frozen=True)
-class _Key:
-    """What decides whether two groups can share one quantised input."""
-
-    producer: Node
-    inverse: str
-    dtype: torch.dtype
 
 
 @dataclass(frozen=True)
@@ -55,75 +47,102 @@ class QuantizeLinears:
     exact: ClassVar[bool] = False
 
     def apply(self, draft: Draft) -> None:
-        """Visit groups in execution order; inputs shared between groups are quantised once."""
+        """Collect the linears of all groups, then rewrite them in execution order."""
         nodes = match.by_site(draft.graph)
-        position = match.position(draft.graph)
-        inputs: dict[_Key, tuple[Node, Node]] = {}
+        specs: dict[Node, QSpec] = {}
         for group in draft.groups:
-            spec = self.recipe.spec_for(group)
-            members = [node for site in group.sites if match.is_float_linear(node := nodes[site])]
-            if spec is None:
-                draft.skip(group.key, "the recipe leaves this group in floating point")
-                continue
-            members.sort(key=position.__getitem__)
-            for node in members:
-                x, scale = _quantized_input(draft, node, spec, inputs)
-                _quantize(draft, node, spec, x, scale)
-            if members:
-                draft.did(group.key, _summary(group, spec))
+            specs.update(self._specs(draft, group, nodes))
+        shared = _Shared(draft)
+        position = match.position(draft.graph)
+        for node in sorted(specs, key=position.__getitem__):
+            shared.quantize(node, specs[node])
+
+    def _specs(
+        self, draft: Draft, group: Group, nodes: Mapping[Site, Node]
+    ) -> Iterator[tuple[Node, QSpec]]:
+        spec = self.recipe.spec_for(group)
+        if spec is None:
+            draft.skip(group.key, "the recipe leaves this group in floating point")
+            return
+        members = [node for site in group.sites if match.is_float_linear(node := nodes[site])]
+        for node in members:
+            if match.reads_only_constants(match.args(node)[1]):
+                yield node, spec
+            else:
+                draft.skip(node, "its weight is computed from the inputs", node)
+        if members:
+            draft.did(group.key, f"{group.role}: {len(members)} linears in {spec.dtype}")
 
 
-def _summary(group: Group, spec: QSpec) -> str:
-    return f"{group.role}: {len(group.sites)} linears in {spec.dtype}"
+@dataclass
+class _Shared:
+    """Quantizes linears; what several of them read is quantized once, for the first of them.
+
+    `inputs` holds the 8-bit values and scales of (producer, name of 1/s, type), `weights` those of
+    (weight, type). Linears have to come in execution order.
+    """
+
+    draft: Draft
+    inputs: dict[tuple[Node, str, torch.dtype], tuple[Node, Node]] = field(default_factory=dict)
+    weights: dict[tuple[Node, torch.dtype], tuple[Node, Node]] = field(default_factory=dict)
+
+    def quantize(self, node: Node, spec: QSpec) -> None:
+        """Replace a float linear by a `scaled_linear`."""
+        weight: Any = match.args(node)[1]
+        x, x_scale = self._input(node, spec)
+        data, scale = self._weight(node, spec)
+        bias, out = match.arg(node, 2, "bias"), match.val(node).dtype
+        self.draft.replace_call(node, ops.scaled_linear.default, x, x_scale, data, scale, bias, out)
+        _let_go(self.draft, weight)
+
+    def _input(self, node: Node, spec: QSpec) -> tuple[Node, Node]:
+        producer, inverse = _take_up_scale(match.args(node)[0])
+        key = (producer, str(inverse.target) if inverse is not None else "", spec.torch_dtype)
+        if key not in self.inputs:
+            call = self.draft.call
+            target = ops.quantize_per_token.default
+            both = call(target, producer, inverse, spec.torch_dtype, before=node, like=node)
+            x, scale = (call(operator.getitem, both, i, before=node, like=node) for i in (0, 1))
+            self.inputs[key] = x, scale
+        return self.inputs[key]
+
+    def _weight(self, node: Node, spec: QSpec) -> tuple[Node, Node]:
+        key = (match.args(node)[1], spec.torch_dtype)
+        if key not in self.weights:
+            quantized = _quantized_weight(self.draft, node, spec)
+            name = str(match.site(node)).replace("#", "_call_")
+            data = self.draft.store(f"{name}.weight_{spec.dtype}", quantized.data, before=node)
+            scale = self.draft.store(f"{name}.weight_scale", quantized.scale, before=node)
+            self.weights[key] = data, scale
+        return self.weights[key]
 
 
-def _quantized_input(
-    draft: Draft, node: Node, spec: QSpec, inputs: dict[_Key, tuple[Node, Node]]
-) -> tuple[Node, Node]:
-    producer, inverse = _take_up_scale(match.args(node)[0])
-    name = str(inverse.target) if inverse is not None else ""
-    key = _Key(producer, name, spec.torch_dtype)
-    if key not in inputs:
-        both = draft.call(
-            ops.quantize_per_token.default,
-            producer,
-            inverse,
-            spec.torch_dtype,
-            before=node,
-            like=node,
-        )
-        x, scale = (draft.call(operator.getitem, both, i, before=node, like=node) for i in (0, 1))
-        inputs[key] = x, scale
-    return inputs[key]
+def _quantized_weight(draft: Draft, node: Node, spec: QSpec) -> QTensor:
+    weight = edit.evaluate_constant(match.args(node)[1], draft.state)
+    try:
+        return quantize_weight(weight, spec.torch_dtype)
+    except NumericsError as error:
+        site, source = str(match.site(node)), match.source_line(node)
+        raise NumericsError(error.reason, site=site, source=source) from error
 
 
 def _take_up_scale(x: Any) -> tuple[Node, Node | None]:
     """Return the value before a multiply by a stored vector over its channels, and the vector."""
     product = match.strip(x)
-    if match.is_op(product, aten.mul.Tensor) and _same_dtype(product, x):
-        value, vector = match.operands(product)
-        if match.is_constant(vector) and tuple(match.shape(vector)) == (match.shape(x)[-1],):
-            return value, vector
-    return x, None
+    if not match.is_op(product, aten.mul.Tensor):
+        return x, None
+    value, vector = match.operands(product)
+    if not match.is_tensor(value) or not match.is_constant(vector):
+        return x, None
+    same = _is_like(value, x) and match.shape(vector) == match.shape(x)[-1:]
+    return (value, vector) if same and match.val(vector).dtype == torch.float32 else (x, None)
 
 
-def _same_dtype(product: Node, x: Node) -> bool:
-    value: Any = match.args(product)[0]
-    return match.is_tensor(value) and match.val(value).dtype == match.val(x).dtype
-
-
-def _quantize(draft: Draft, node: Node, spec: QSpec, x: Node, scale: Node) -> None:
-    weight: Any = match.args(node)[1]
-    name = str(match.site(node)).replace("#", "_call_")
-    try:
-        quantized = quantize_weight(edit.evaluate_constant(weight, draft.state), spec.torch_dtype)
-    except NumericsError as error:
-        raise NumericsError(error.reason, site=name, source=match.source_line(node)) from error
-    data = draft.store(f"{name}.weight_{spec.dtype}", quantized.data, before=node)
-    weight_scale = draft.store(f"{name}.weight_scale", quantized.scale, before=node)
-    bias, out = match.arg(node, 2, "bias"), match.val(node).dtype
-    draft.replace_call(node, ops.scaled_linear.default, x, scale, data, weight_scale, bias, out)
-    _let_go(draft, weight)
+def _is_like(value: Node, x: Node) -> bool:
+    """Whether `value` has the type and the shape of `x`, so that no broadcast is lost with it."""
+    if match.val(value).dtype != match.val(x).dtype or match.rank(value) != match.rank(x):
+        return False
+    return all(map(match.same, match.shape(value), match.shape(x)))
 
 
 def _let_go(draft: Draft, weight: Node) -> None:

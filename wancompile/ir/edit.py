@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -91,6 +91,9 @@ class Draft:
         self.state.pop(name, None)
 
     def _unique(self, name: str) -> str:
+        # Names are paths in a tree of modules, where a tensor has nothing below it.
+        if any(parent in self.state for parent in _parents(name)):
+            name = name.replace(".", "_")
         if name not in self.state:
             return name
         number = 1
@@ -161,10 +164,6 @@ class Draft:
             if key != "site" and key in like.meta:
                 node.meta[key] = like.meta[key]
 
-    @staticmethod
-    def _operands(node: Node) -> tuple[Any, Any]:
-        return None, None
-
     def _evaluate(self, node: Node) -> Any:
         def value(parent: Node) -> Any:
             return parent.meta["val"]
@@ -173,6 +172,11 @@ class Draft:
         mode: AbstractContextManager[Any] = self.fake_mode or nullcontext()
         with mode, torch.no_grad():
             return match.target(node)(*args, **kwargs)
+
+
+def _parents(name: str) -> Iterator[str]:
+    parts = name.split(".")
+    return (".".join(parts[:count]) for count in range(1, len(parts)))
 
 
 def _where(site: Site | Node | str) -> str:
@@ -199,13 +203,15 @@ def evaluate_constant(
 ) -> torch.Tensor:
     """Compute a node that reads only stored tensors, in `dtype`, ignoring float casts on the way.
 
+    Casts between floating-point types are rounding alone; one to integers means something.
+
     Folds multiply weights by scales as graph nodes; evaluating that tree at once in fp32 rounds a
     weight a single time, where running it node by node in bf16 would round at each step.
     """
     if node.op == "get_attr":
         tensor = state[str(node.target)]
         return tensor.to(dtype) if tensor.is_floating_point() else tensor
-    if match.is_op(node, torch.ops.aten.to.dtype):
+    if match.is_op(node, torch.ops.aten.to.dtype) and _is_rounding(node):
         return evaluate_constant(match.args(node)[0], state, dtype=dtype)
 
     def value(parent: Node) -> Any:
@@ -214,6 +220,11 @@ def evaluate_constant(
     args, kwargs = _mapped(node, value)
     result: torch.Tensor = match.target(node)(*args, **kwargs)
     return result
+
+
+def _is_rounding(cast: Node) -> bool:
+    source: Node = match.args(cast)[0]
+    return match.val(source).is_floating_point() and match.val(cast).is_floating_point()
 
 
 def _mapped(node: Node, value: Callable[[Node], Any]) -> tuple[Any, Any]:
