@@ -105,13 +105,13 @@ class Program:
             groups=self.groups,
             ungrouped=self.ungrouped,
             state=self.state,
+            inputs=self.signature.inputs,
             pass_name=pass_name,
         )
 
     def values(self, sites: Iterable[Site], *args: Any, **kwargs: Any) -> dict[Site, torch.Tensor]:
         """Run the program and return the outputs of the calls at `sites`."""
-        wanted = {node for site, node in match.by_site(self.graph).items() if site in set(sites)}
-        recorder = _Recorder(self.module, wanted)
+        recorder = _Recorder(self.module, frozenset(sites))
         with torch.no_grad():
             recorder.run(*self.signature.bind(args, kwargs))
         return recorder.values
@@ -129,17 +129,16 @@ class Program:
 class _Recorder(Interpreter):
     """Runs a graph node by node and keeps the outputs of some."""
 
-    def __init__(self, module: GraphModule, wanted: set[Node]) -> None:
+    def __init__(self, module: GraphModule, wanted: frozenset[Site]) -> None:
         super().__init__(module)
-        # GraphModule keeps its own copy of the graph; sites travel in meta.
-        sites = {match.site(node) for node in wanted}
-        self._wanted = {node for node in module.graph.nodes if match.site(node) in sites - {None}}
+        self._wanted = wanted
         self.values: dict[Site, torch.Tensor] = {}
 
     def run_node(self, n: Node) -> Any:
         result = super().run_node(n)
+        # GraphModule keeps its own copy of the graph; sites travel in meta.
         found = match.site(n)
-        if n in self._wanted and found is not None:
+        if found is not None and found in self._wanted:
             self.values[found] = result
         return result
 

@@ -9,7 +9,8 @@ A level is a set of allowed ops plus invariants; `verify` is run by the runner a
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from enum import IntEnum
 from typing import Any
 
@@ -19,7 +20,8 @@ from torch.fx import Graph, Node
 from wancompile import ops as _ops  # noqa: F401  (defines torch.ops.wancompile)
 from wancompile.errors import LevelError
 from wancompile.ir import match
-from wancompile.ir.site import Group, Ungrouped
+from wancompile.ir.site import Group, Site, Ungrouped
+from wancompile.signature import InputSpec
 
 aten = torch.ops.aten
 
@@ -38,6 +40,7 @@ _OPERATORS = "add sub mul floordiv mod neg truediv pow eq ne lt le gt ge and_ or
 SHAPE_ARITHMETIC: frozenset[Any] = frozenset(
     {
         aten.sym_size.int,
+        torch.sym_sum,
         torch.sym_max,
         torch.sym_min,
         torch.sym_not,
@@ -124,17 +127,20 @@ def verify(
     groups: Iterable[Group] = (),
     ungrouped: Iterable[Ungrouped] = (),
     state: Iterable[str] = (),
+    inputs: Sequence[InputSpec],
     pass_name: str | None = None,
 ) -> None:
     """Raise `LevelError` unless `graph` keeps every invariant of `level`.
 
     Checked: only the level's ops are called; every node that yields a value carries it in
-    `meta["val"]`; every constant that is read exists; and, once groups are known, every linear is
-    in exactly one group or among the ungrouped.
+    `meta["val"]`; every constant that is read exists; the placeholders are the `inputs`, and each
+    dimension that may change is still symbolic; and, from NORMAL on, every linear has a site of its
+    own that is in exactly one group or among the ungrouped.
     """
     names = set(state)
     for node in graph.nodes:
         _verify_node(node, level, names, pass_name)
+    _verify_inputs(graph, inputs, pass_name)
     if Level.NORMAL <= level < Level.LOWERED:
         _verify_partition(graph, groups, ungrouped, pass_name)
 
@@ -155,19 +161,47 @@ def _verify_node(node: Node, level: Level, names: set[str], pass_name: str | Non
         raise LevelError(f"{node.format_node()} has no value", pass_name=pass_name)
 
 
+def _verify_inputs(graph: Graph, inputs: Sequence[InputSpec], pass_name: str | None) -> None:
+    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+    if len(placeholders) != len(inputs):
+        raise LevelError(
+            f"the graph has {len(placeholders)} placeholders for {len(inputs)} inputs",
+            pass_name=pass_name,
+        )
+    for node, spec in zip(placeholders, inputs, strict=True):
+        sizes = zip(spec.shape, match.shape(node), strict=True)
+        for dim, (expected, size) in enumerate(sizes):
+            if expected is None and not match.is_symbolic(size):
+                raise LevelError(
+                    f"dimension {dim} of {spec.name} must stay dynamic, but became {size}",
+                    pass_name=pass_name,
+                )
+
+
 def _verify_partition(
     graph: Graph,
     groups: Iterable[Group],
     ungrouped: Iterable[Ungrouped],
     pass_name: str | None,
 ) -> None:
-    listed = [site for group in groups for site in group.sites] + [u.site for u in ungrouped]
-    if len(set(listed)) != len(listed):
-        twice = next(site for site in listed if listed.count(site) > 1)
-        raise LevelError("a linear is in more than one group", site=str(twice), pass_name=pass_name)
-    present = {match.site(node) for node in graph.nodes if match.is_linear(node)}
-    missing = sorted(str(site) for site in present - set(listed) if site is not None)
-    if listed and missing:
-        raise LevelError(
-            "a linear is in no group and has no reason", site=missing[0], pass_name=pass_name
-        )
+    linears = [node for node in graph.nodes if match.is_linear(node)]
+    for node in linears:
+        if match.site(node) is None:
+            source = match.source_line(node)
+            raise LevelError(f"{node.name} has no site", source=source, pass_name=pass_name)
+    present = Counter(site for node in linears if (site := match.site(node)) is not None)
+    listed = Counter(site for group in groups for site in group.sites)
+    listed.update(one.site for one in ungrouped)
+    complaints: Mapping[str, Collection[Site]] = {
+        "two linears have one site": _repeated(present),
+        "a linear is in more than one group": _repeated(listed),
+        "a linear is in no group and has no reason": present.keys() - listed.keys(),
+        "a group names a linear that is not in the graph": listed.keys() - present.keys(),
+    }
+    for reason, sites in complaints.items():
+        if sites:
+            raise LevelError(reason, site=str(min(sites)), pass_name=pass_name)
+
+
+def _repeated(counts: Mapping[Site, int]) -> set[Site]:
+    return {site for site, count in counts.items() if count > 1}

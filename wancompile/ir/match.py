@@ -107,6 +107,11 @@ def same(a: Any, b: Any) -> bool:
     return bool(statically_known_true(a == b))
 
 
+def is_symbolic(size: Any) -> bool:
+    """Whether a size is still open; torch leaves a `SymInt` behind where it has fixed one."""
+    return isinstance(size, torch.SymInt) and not size.node.expr.is_number
+
+
 def size_value(value: Any) -> Any:
     """Return the (symbolic) integer behind an argument that may be a node."""
     return value.meta["val"] if isinstance(value, Node) else value
