@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import re
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -32,17 +31,20 @@ class _Sizes:
     """Names symbolic sizes d0, d1, ... in order of appearance, whatever torch called them."""
 
     def __init__(self) -> None:
-        self._atoms: dict[str, str] = {}
+        self._symbols: dict[Any, Any] = {}
+        self._texts: dict[Any, str] = {}
 
     def __call__(self, size: Any) -> str:
-        text = re.sub(r"\b[su]\d+\b", self._rename, str(size)).replace(" ", "")
-        # torch orders factors and terms by its own names of the symbols, which are random.
-        if "(" in text:
-            return text
-        return "+".join(sorted("*".join(sorted(term.split("*"))) for term in text.split("+")))
-
-    def _rename(self, found: re.Match[str]) -> str:
-        return self._atoms.setdefault(found.group(), f"d{len(self._atoms)}")
+        if not isinstance(size, torch.SymInt):
+            return str(size)
+        expr = size.node.expr
+        if expr not in self._texts:
+            for symbol in sorted(expr.free_symbols - self._symbols.keys(), key=str):
+                name = f"d{len(self._symbols)}"
+                self._symbols[symbol] = symbol.func(name, integer=True, positive=True)
+            # Renamed before it is printed: sympy orders factors and terms by the names of symbols.
+            self._texts[expr] = str(expr.xreplace(self._symbols)).replace(" ", "")
+        return self._texts[expr]
 
 
 class _Names:
