@@ -60,14 +60,7 @@ def _fold(draft: Draft, node: Node) -> None:
     dtype = match.val(node).dtype
     precise = torch.promote_types(dtype, torch.float32)
     value = edit.evaluate_constant(node, draft.state, dtype=precise).to(dtype)
-    folded = _first_operand(node)
-    stored = draft.store(f"folded.{folded.target}", value.contiguous(), before=node)
-    draft.did(str(folded.target), "scale folded in")
+    name = str(match.stored_name(node))
+    stored = draft.store(f"folded.{name}", value.contiguous(), before=node)
+    draft.did(name, "scale folded in")
     draft.replace(node, stored)
-
-
-def _first_operand(node: Node) -> Node:
-    """Return the stored tensor that the scales are folded into: the first one read."""
-    while not match.is_constant(node):
-        node = node.all_input_nodes[0]
-    return node

@@ -1,14 +1,14 @@
 """Give every linear and every attention its site, the name it keeps through all rewrites.
 
-Law: none; nothing is rewritten. A linear is named by the stored weight it reads, an attention by
-the module that calls it, and both count their calls.
+Law: none; nothing is rewritten. A linear is named by the stored weight it reads (or that its
+weight is computed from), an attention by the module that calls it, and both count their calls.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch.fx import Node
 
@@ -41,7 +41,5 @@ class NameSites:
 
 
 def _weight_path(node: Node) -> str:
-    weight: Any = match.strip(match.args(node)[1])
-    if not match.is_constant(weight):
-        return match.module_path(node)
-    return str(weight.target).removesuffix(".weight")
+    name = match.stored_name(match.args(node)[1])
+    return name.removesuffix(".weight") if name else match.module_path(node) or "linear"

@@ -74,7 +74,7 @@ class QuantizeAttention:
         scales, rounded = [], []
         for operand, value in operands.items():
             scale = scale_of(amax[operand].amax(-1), dtypes[operand]).to(device)
-            name = f"{attention.site}.{operand}_scale".replace("#", "_call_").replace(":", "_")
+            name = f"{attention.site}_{operand}_scale".replace("#", "_call_").replace(":", ".")
             scales.append(draft.store(name, scale, before=node))
             rounded.append(
                 draft.call(

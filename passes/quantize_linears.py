@@ -110,9 +110,9 @@ class _Shared:
         key = (match.args(node)[1], spec.torch_dtype)
         if key not in self.weights:
             quantized = _quantized_weight(self.draft, node, spec)
-            name = str(match.site(node)).replace("#", "_call_")
-            data = self.draft.store(f"{name}.weight_{spec.dtype}", quantized.data, before=node)
-            scale = self.draft.store(f"{name}.weight_scale", quantized.scale, before=node)
+            name = match.stored_name(match.args(node)[1])
+            data = self.draft.store(f"{name}_{spec.dtype}", quantized.data, before=node)
+            scale = self.draft.store(f"{name}_scale", quantized.scale, before=node)
             self.weights[key] = data, scale
         return self.weights[key]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -91,9 +91,6 @@ class Draft:
         self.state.pop(name, None)
 
     def _unique(self, name: str) -> str:
-        # Names are paths in a tree of modules, where a tensor has nothing below it.
-        if any(parent in self.state for parent in _parents(name)):
-            name = name.replace(".", "_")
         if name not in self.state:
             return name
         number = 1
@@ -172,11 +169,6 @@ class Draft:
         mode: AbstractContextManager[Any] = self.fake_mode or nullcontext()
         with mode, torch.no_grad():
             return match.target(node)(*args, **kwargs)
-
-
-def _parents(name: str) -> Iterator[str]:
-    parts = name.split(".")
-    return (".".join(parts[:count]) for count in range(1, len(parts)))
 
 
 def _where(site: Site | Node | str) -> str:

@@ -163,6 +163,18 @@ def reads_only_constants(node: Any) -> bool:
     return all(reads_only_constants(parent) for parent in node.all_input_nodes)
 
 
+def stored_name(node: Any) -> str | None:
+    """Return the name of the (first) stored tensor that `node` is computed from, if from such only.
+
+    A weight times a scale is still that weight.
+    """
+    if not reads_only_constants(node):
+        return None
+    while not is_constant(node):
+        node = node.all_input_nodes[0]
+    return str(node.target)
+
+
 def readers(node: Node) -> list[Node]:
     """Return the calls that read the numbers of `node`; asking for its size does not count."""
     return [user for user in node.users if not is_op(user, aten.sym_size.int)]
