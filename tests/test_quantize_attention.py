@@ -1,0 +1,268 @@
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from kit import counts, error
+from small import (
+    CHANNELS,
+    HEAD_DIM,
+    HEADS,
+    WEIGHTS,
+    X,
+    attend,
+    heads,
+    joined,
+    largest,
+    nearest,
+    normal,
+    plain,
+    quantized,
+)
+
+from wancompile import pipeline
+from wancompile.calibrate import Calibration
+from wancompile.errors import CalibrationError
+from wancompile.ir import match
+from wancompile.ir.site import Fold, Site
+from wancompile.passes import QuantizeAttention, Smooth
+from wancompile.recipe import QSpec, Recipe
+
+sdpa = F.scaled_dot_product_attention
+
+
+def attention_only(dtype: str = "int8") -> Recipe:
+    return Recipe("attention", None, attention=dtype)
+
+
+def calibrated(program, x=X):
+    calibration = Calibration(program, rows=32)
+    calibration(x=x)
+    return calibration.stats()
+
+
+def rewritten(fn=attend, dtype="int8"):
+    """Quantize the attentions of `fn`, calibrated on X."""
+    program = normal(fn, **WEIGHTS)
+    one = QuantizeAttention(attention_only(dtype), calibrated(program))
+    return pipeline.run(program, [one])
+
+
+def skips(program) -> list[str]:
+    return [note.text for note in program.records[-1].skipped]
+
+
+def rounded_attention(q, k, v, *, dtype: str, scale: float = HEAD_DIM**-0.5):
+    """Attention on q, k and v rounded with one scale per head, in float64."""
+    q, k, v = per_head(q, dtype), per_head(k, dtype), per_head(v, "fp8")
+    weights = (q @ k.transpose(-1, -2) * scale).softmax(-1)
+    parts = 256 * weights / weights.amax(-1, keepdim=True)
+    return nearest(parts, "fp8") @ v / parts.sum(-1, keepdim=True)
+
+
+def per_head(x, dtype: str):
+    scale = x.abs().amax((0, 2, 3), keepdim=True) / largest(dtype)
+    return nearest(x / scale, dtype) * scale
+
+
+def test_attention_reads_8_bits(golden):
+    golden(rewritten().print("canonical"))
+
+
+@pytest.mark.parametrize("dtype", ["int8", "fp8"])
+def test_operands_are_rounded_per_head(dtype):
+    program = rewritten(dtype=dtype)
+    by_hand = partial(attend, attention=partial(rounded_attention, dtype=dtype))
+    assert error(program, by_hand, X, **WEIGHTS) < 1e-5
+    assert error(program, attend, X, **WEIGHTS) > 1e-3
+
+
+def test_scales_are_static():
+    program = rewritten()
+    by_hand = partial(attend, attention=partial(rounded_attention, dtype="int8"))
+    assert error(program, by_hand, 10 * X, **WEIGHTS) > 0.1
+    assert {name for name in program.state if "scale" in name} == {
+        f"attention_{operand}_scale" for operand in "qkv"
+    }
+
+
+def test_the_factor_of_the_logits_is_kept():
+    def fn(self, x):
+        return attend(self, x, attention=partial(sdpa, scale=0.7))
+
+    by_hand = partial(attend, attention=partial(rounded_attention, dtype="int8", scale=0.7))
+    assert error(rewritten(fn), by_hand, X, **WEIGHTS) < 1e-5
+
+
+def test_a_second_run_changes_nothing():
+    program = normal(attend, **WEIGHTS)
+    once = QuantizeAttention(attention_only(), calibrated(program))
+    draft = pipeline.run(program, [once]).draft()
+    nodes = len(draft.graph.nodes)
+    once.apply(draft)
+    assert len(draft.graph.nodes) == nodes
+    assert not draft.done
+
+
+def test_linears_and_attention_together():
+    program = normal(attend, **WEIGHTS)
+    program = quantized(program, plain("fp8", attention="int8"), calibrated(program))
+    assert not {"linear", "scaled_dot_product_attention"} & set(counts(program))
+    assert error(program, attend, X, **WEIGHTS) < 0.1
+
+
+# What stays in floating point ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "attention",
+    [
+        partial(sdpa, is_causal=True),
+        partial(sdpa, dropout_p=0.1),
+        lambda q, k, v: sdpa(q, k, v, (q @ k.transpose(-1, -2) > 0)),
+    ],
+    ids=["causal", "dropout", "mask"],
+)
+def test_more_than_softmax_stays(attention):
+    program = rewritten(lambda m, x: attend(m, x, attention=attention))
+    assert "scaled_attention" not in counts(program)
+    assert skips(program) == ["it has a mask, dropout or causality"]
+
+
+def test_three_dimensions_stay():
+    def fn(self, x):
+        q, k, v = (F.linear(x, w) for w in (self.wq, self.wk, self.wv))
+        return F.linear(sdpa(q, k, v), self.wo)
+
+    program = rewritten(fn)
+    assert "scaled_attention" not in counts(program)
+    assert skips(program) == ["its operands have 3 dimensions, not [B, H, S, D]"]
+
+
+def test_fewer_key_heads_stay():
+    def fn(self, x):
+        k, v = (F.linear(x, w[:HEAD_DIM]).unsqueeze(1) for w in (self.wk, self.wv))
+        mixed = sdpa(heads(F.linear(x, self.wq)), k, v, enable_gqa=True)
+        return F.linear(joined(mixed), self.wo)
+
+    program = rewritten(fn)
+    assert "scaled_attention" not in counts(program)
+    assert skips(program) == ["q, k and v differ in heads or head size"]
+
+
+def test_another_value_size_stays():
+    def fn(self, x):
+        v = F.linear(x, self.wv[: HEADS * 2]).unflatten(-1, (HEADS, 2)).transpose(1, 2)
+        mixed = sdpa(heads(F.linear(x, self.wq)), heads(F.linear(x, self.wk)), v)
+        return F.linear(joined(mixed), self.wo[:, : HEADS * 2])
+
+    program = rewritten(fn)
+    assert "scaled_attention" not in counts(program)
+    assert skips(program) == ["q, k and v differ in heads or head size"]
+
+
+def test_cross_attention_stays():
+    def fn(self, x):
+        q, context = F.linear(x, self.wq), x.flip(1)
+        k, v = F.linear(context, self.wk), F.linear(context, self.wv)
+        return F.linear(joined(sdpa(heads(q), heads(k), heads(v))), self.wo)
+
+    program = rewritten(fn)
+    assert "scaled_attention" not in counts(program)
+    assert skips(program) == ["cross-attention stays in floating point"]
+
+
+def test_a_recipe_without_attention_changes_nothing():
+    program = normal(attend, **WEIGHTS)
+    after = pipeline.run(program, [QuantizeAttention(plain("int8"))])
+    assert after.print() == program.print()
+    assert not after.records[-1].skipped
+
+
+@pytest.mark.parametrize("calibrate_another", [False, True], ids=["none", "another model's"])
+def test_missing_statistics_are_named(calibrate_another):
+    program, stats = normal(attend, **WEIGHTS), None
+    if calibrate_another:
+        stats = calibrated(normal(one_head_less, **WEIGHTS))
+    with pytest.raises(CalibrationError, match="none for this site") as caught:
+        pipeline.run(program, [QuantizeAttention(attention_only(), stats)])
+    assert caught.value.site == "attention"
+    assert caught.value.pass_name == "quantize_attention"
+
+
+def one_head_less(self, x):
+    wq, wk, wv = (w[:-HEAD_DIM] for w in (self.wq, self.wk, self.wv))
+    q, k, v = (
+        F.linear(x, w).unflatten(-1, (HEADS - 1, HEAD_DIM)).transpose(1, 2) for w in (wq, wk, wv)
+    )
+    return F.linear(joined(sdpa(q, k, v)), self.wo[:, :-HEAD_DIM])
+
+
+# Smoothing changes v after it was observed -----------------------------------------------------
+
+
+def split_channels_first(x):
+    """[B, S, D H] -> [B, H, S, D]: the channels of a head lie H apart."""
+    return x.unflatten(-1, (HEAD_DIM, HEADS)).permute(0, 3, 1, 2)
+
+
+def attend_channels_first(self, x):
+    q, k = F.linear(x, self.wq, self.bq), F.linear(x, self.wk, self.bk)
+    v = split_channels_first(F.linear(x, self.wv, self.bv))
+    mixed = sdpa(heads(q), heads(k), v).permute(0, 2, 3, 1).flatten(2)
+    return F.linear(mixed, self.wo, self.bo)
+
+
+@pytest.mark.parametrize("fn", [attend, attend_channels_first])
+def test_value_scales_are_those_of_the_smoothed_values(fn):
+    outliers = torch.logspace(-2, 2, CHANNELS)[torch.randperm(CHANNELS)]
+    weights = {
+        **WEIGHTS,
+        "wv": WEIGHTS["wv"] * outliers[:, None],
+        "bv": WEIGHTS["bv"] * outliers,
+        "wo": WEIGHTS["wo"] / outliers,
+    }
+    x = torch.randn(3, 40, CHANNELS)
+    program = normal(fn, x, **weights)
+    stats = calibrated(program, x)
+    recipe = Recipe("smooth", QSpec("int8"), attention="int8")
+    smoothed = pipeline.run(program, [Smooth(recipe, stats)])
+    out = next(group for group in smoothed.groups if group.key == Site("wo"))
+    assert out.smoothing.applied
+
+    after = pipeline.run(smoothed, [QuantizeAttention(recipe, stats)])
+    attention = match.nodes_of(after.graph, torch.ops.wancompile.scaled_attention.default)[0]
+    (stored,) = [str(a.target) for a in attention.args[3:6] if "v_scale" in str(a.target)]
+    v = values_of(smoothed, x)
+    expected = v.abs().amax((0, 2, 3))
+    torch.testing.assert_close(after.state[stored] * 448, expected, rtol=1e-5, atol=0)
+
+
+def values_of(program, x):
+    """What the attention of a float program reads as v."""
+    seen = []
+    graph = program.draft().graph
+    node = match.nodes_of(graph, torch.ops.aten.scaled_dot_product_attention.default)[0]
+
+    class Watch(torch.fx.Interpreter):
+        def run_node(self, n):
+            result = super().run_node(n)
+            if n.name == node.args[2].name:
+                seen.append(result)
+            return result
+
+    Watch(program.module).run(x)
+    return seen[0]
+
+
+def test_unfolded_values_keep_their_scale():
+    program = normal(attend, **WEIGHTS)
+    recipe = Recipe("no smoothing", QSpec("int8", smooth=False), attention="int8")
+    stats = calibrated(program)
+    smoothed = pipeline.run(program, [Smooth(recipe, stats)])
+    after = pipeline.run(smoothed, [QuantizeAttention(recipe, stats)])
+    expected = heads(F.linear(X, WEIGHTS["wv"], WEIGHTS["bv"])).abs().amax((0, 2, 3))
+    torch.testing.assert_close(after.state["attention_v_scale"] * 448, expected)
+    assert next(g for g in program.groups if g.key == Site("wo")).fold is Fold.VALUE_ROWS
