@@ -12,6 +12,8 @@ Law: `view`, `flatten`, `unflatten` are `reshape`; `transpose`, `t`, `mT` are `p
 
 from __future__ import annotations
 
+import operator
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -49,6 +51,8 @@ _SPLITS = (
     aten.split_with_sizes.default,
     aten.tensor_split.sections,
 )
+# How torch spells a slice to the end; 0 would be an empty one.
+_LAST = sys.maxsize
 _RENAMED: Mapping[Any, Any] = {
     aten.concat.default: aten.cat.default,
     aten.concatenate.default: aten.cat.default,
@@ -192,11 +196,20 @@ def _take_parts(draft: Draft, node: Node, part: Callable[[int], tuple[Any, ...]]
 
 
 def _narrow(draft: Draft, node: Node) -> None:
-    operand, dim, start, length = node.args
-    if not (isinstance(start, int) and isinstance(length, int)):
-        draft.skip(node, "narrow with a dynamic start or length", node)
+    operand, dim, start, length = match.args(node)
+    if isinstance(start, Node) or (start < 0 and isinstance(length, Node)):
+        draft.skip(node, "narrow with a dynamic start", node)
         return
-    draft.replace_call(node, aten.slice.Tensor, operand, dim, start, start + length)
+    end = _end(draft, node, start, length)
+    draft.replace_call(node, aten.slice.Tensor, operand, dim, start, end)
+
+
+def _end(draft: Draft, node: Node, start: int, length: int | Node) -> int | Node:
+    """Return where a slice of `length` from `start` ends."""
+    if isinstance(length, Node):
+        return draft.call(operator.add, start, length, before=node, like=node) if start else length
+    end = start + length
+    return _LAST if start < 0 and end == 0 else end
 
 
 def _expand_as(draft: Draft, node: Node) -> None:

@@ -49,3 +49,17 @@ def test_parts_of_dynamic_size_stay():
     assert counts(program)["chunk"] == 1
     assert "dynamic" in program.records[-1].skipped[0].text
     assert error(program, fn, x, w=w) < 1e-6
+
+
+def _narrowed(self, x):
+    tokens = x.shape[1] - 2
+    parts = [x.narrow(1, 0, tokens), x.narrow(1, 2, tokens), x.narrow(1, -2, 2), x.narrow(1, -2, 1)]
+    return torch.cat(parts, 1) * self.w
+
+
+def test_narrow_may_have_a_dynamic_length_or_count_from_the_end():
+    x, w = torch.randn(2, 5, 6), torch.ones(1)
+    program = normalized(_narrowed, x, Canonicalize(), w=w)
+    assert "narrow" not in counts(program)
+    y = torch.randn(3, 9, 6)
+    assert torch.equal(program(x=y), _narrowed(Bag(w), y))

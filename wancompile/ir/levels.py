@@ -40,6 +40,7 @@ _OPERATORS = "add sub mul floordiv mod neg truediv pow eq ne lt le gt ge and_ or
 SHAPE_ARITHMETIC: frozenset[Any] = frozenset(
     {
         aten.sym_size.int,
+        aten.item.default,
         torch.sym_sum,
         torch.sym_max,
         torch.sym_min,
