@@ -31,6 +31,8 @@ class QSpec:
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
             raise RecipeError(f"unknown type {self.dtype!r}; there are {', '.join(DTYPES)}")
+        if not isinstance(self.smooth, bool):
+            raise RecipeError(f"smooth is true or false, not {self.smooth!r}")
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -47,6 +49,10 @@ class Rule:
 
     pattern: str
     spec: QSpec | None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.pattern, str):
+            raise RecipeError(f"the pattern of a rule is text, not {self.pattern!r}")
 
     def matches(self, group: Group) -> bool:
         """Whether the rule speaks of `group`."""
@@ -101,14 +107,18 @@ class Recipe:
         """Return the recipe that `to_json` wrote; raise `RecipeError` for anything else."""
         try:
             data: dict[str, Any] = json.loads(text)
-            rules = tuple(Rule(one["pattern"], _spec(one["spec"])) for one in data["rules"])
-            return cls(data["name"], _spec(data["linears"]), rules, data["attention"])
+            rules = tuple(_rule(one) for one in data["rules"])
+            return cls(**{**data, "linears": _spec(data["linears"]), "rules": rules})
         except (ValueError, KeyError, TypeError) as error:
             raise RecipeError(f"this is no recipe: {error}") from error
 
 
 def _spec(data: dict[str, Any] | None) -> QSpec | None:
     return None if data is None else QSpec(**data)
+
+
+def _rule(data: dict[str, Any]) -> Rule:
+    return Rule(**{**data, "spec": _spec(data["spec"])})
 
 
 def _nearest(pattern: str, names: Sequence[str]) -> list[str]:

@@ -1,0 +1,132 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from wancompile.errors import RecipeError
+from wancompile.ir.site import Group, Role, Site, Source
+from wancompile.recipe import RECIPES, QSpec, Recipe, Rule, resolve
+
+
+def group(role: Role, *members: str) -> Group:
+    return Group(role, tuple(map(Site.parse, members)), Source.STREAM)
+
+
+UP = group(Role.FFN_UP, "blocks.0.ffn.net.0.proj")
+QKV = group(Role.ATTN_QKV, *(f"blocks.10.attn1.to_{name}" for name in "qkv"))
+AGAIN = group(Role.FFN_UP, "blocks.0.ffn.net.0.proj#1")
+
+specs = st.builds(QSpec, st.sampled_from(["int8", "fp8"]), st.booleans())
+rules = st.builds(Rule, st.text(), st.none() | specs)
+recipes = st.builds(
+    Recipe,
+    st.text(),
+    st.none() | specs,
+    st.lists(rules, max_size=4).map(tuple),
+    st.sampled_from([None, "int8", "fp8"]),
+)
+
+
+@given(recipes)
+def test_json_gives_back_the_recipe(recipe):
+    assert Recipe.from_json(recipe.to_json()) == recipe
+
+
+def test_json_is_for_people_too():
+    recipe = RECIPES["int8"].with_rules([Rule("ffn_*", None)])
+    assert json.loads(recipe.to_json()) == {
+        "name": "int8",
+        "linears": {"dtype": "int8", "smooth": True},
+        "rules": [{"pattern": "ffn_*", "spec": None}],
+        "attention": None,
+    }
+
+
+GOOD = json.loads(RECIPES["fp8"].to_json())
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        "no json",
+        [],
+        "text",
+        None,
+        {},
+        {**GOOD, "linears": {"dtype": "int4", "smooth": True}},
+        {**GOOD, "linears": {"dtype": "int8", "bits": 8}},
+        {**GOOD, "linears": "int8"},
+        {**GOOD, "linears": {"dtype": "int8", "smooth": "no"}},
+        {**GOOD, "rules": [{"pattern": "ffn_*"}]},
+        {**GOOD, "rules": [{"pattern": 3, "spec": None}]},
+        {**GOOD, "rules": "ffn_*"},
+        {**GOOD, "attention": "fp16"},
+        {**GOOD, "attention": ["int8"]},
+        {**GOOD, "unknown": 1},
+    ],
+    ids=str,
+)
+def test_anything_else_is_refused(data):
+    text = data if data == "no json" else json.dumps(data)
+    with pytest.raises(RecipeError):
+        Recipe.from_json(text)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "one", "matches"),
+    [
+        ("ffn_up_proj", UP, True),
+        ("ffn_*", UP, True),
+        ("blocks.0.*", UP, True),
+        ("blocks.1.*", QKV, False),
+        ("blocks.1*", QKV, True),
+        ("*.to_v", QKV, True),
+        ("*.attn1.*", QKV, True),
+        ("*.TO_V", QKV, False),
+        ("to_v", QKV, False),
+        ("*#1", AGAIN, True),
+        ("*#1", UP, False),
+        ("blocks.[01].ffn*", UP, True),
+    ],
+)
+def test_a_rule_matches_roles_and_members(pattern, one, matches):
+    assert Rule(pattern, None).matches(one) is matches
+
+
+def test_the_last_rule_that_matches_decides():
+    int8, fp8 = QSpec("int8"), QSpec("fp8", smooth=False)
+    recipe = Recipe("mine", int8, (Rule("attn_*", None), Rule("*.to_v", fp8), Rule("ffn_*", None)))
+    assert recipe.spec_for(QKV) == fp8
+    assert recipe.spec_for(UP) is None
+    assert recipe.with_rules([Rule("*", int8)]).spec_for(UP) == int8
+    assert Recipe("none", None, (Rule("ffn_*", fp8),)).spec_for(QKV) is None
+
+
+def test_a_rule_without_a_match_names_the_nearest():
+    recipe = RECIPES["int8"].with_rules([Rule("ffn_up_proj", None), Rule("*ffn_downproj", None)])
+    down = group(Role.FFN_DOWN, "blocks.0.ffn.net.2")
+    with pytest.raises(RecipeError, match=r"'\*ffn_downproj' matches no group; nearest are ffn_do"):
+        recipe.check([UP, down, QKV])
+    with pytest.raises(RecipeError, match=r"'blocks.9.*' matches no group"):
+        RECIPES["int8"].with_rules([Rule("blocks.9.*", None)]).check([UP, QKV])
+
+
+def test_rules_that_match_pass():
+    RECIPES["int8"].with_rules([Rule("ffn_*", None), Rule("*.to_q", QSpec("fp8"))]).check([UP, QKV])
+
+
+def test_a_recipe_is_found_by_name():
+    assert resolve("fp8-attention") == Recipe("fp8-attention", QSpec("fp8"), attention="fp8")
+    mine = Recipe("mine", None)
+    assert resolve(mine) is mine
+    with pytest.raises(RecipeError, match="nearest: int8-attention"):
+        resolve("int8_attention")
+
+
+@pytest.mark.parametrize("make", [lambda: QSpec("int4"), lambda: Recipe("x", None, (), "fp16")])
+def test_unknown_types_are_refused(make):
+    with pytest.raises(RecipeError, match="unknown"):
+        make()
