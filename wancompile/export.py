@@ -13,7 +13,7 @@ from torch.fx import Graph, Node
 from torch.utils import _pytree as pytree
 
 from wancompile.errors import ExportError, InputError, NumericsError
-from wancompile.ir import edit
+from wancompile.ir import edit, match
 from wancompile.ir.levels import Level
 from wancompile.ir.site import Site
 from wancompile.program import Program
@@ -222,7 +222,7 @@ def _program(
 
 def _input_spec(name: str, node: Node, dynamic: Iterable[int]) -> InputSpec:
     tensor: torch.Tensor = node.meta["val"]
-    sizes = [size if isinstance(size, int) else None for size in tensor.shape]
+    sizes = [None if match.is_symbolic(size) else int(size) for size in tensor.shape]
     fixed = [dim for dim in dynamic if sizes[dim] is not None and tensor.dim() == 5]
     if fixed:
         raise ExportError(
