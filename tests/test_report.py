@@ -1,0 +1,112 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from small import WEIGHTS, X, attend, normal, plain, quantized
+
+import wancompile
+from wancompile import pipeline
+from wancompile.calibrate import Calibration
+from wancompile.ir.site import Role, Site
+from wancompile.passes import FoldConstants, Lower, Smooth
+from wancompile.recipe import QSpec, Recipe, Rule
+from wancompile.report import Report
+
+RECIPE = Recipe("mine", QSpec("int8"), (Rule("attn_out_proj", None),))
+OUTLIERS = torch.ones(12)
+OUTLIERS[3] = 100.0
+
+
+def outlying(self, x):
+    return attend(self, x * self.outliers)
+
+
+@pytest.fixture(scope="module")
+def programs():
+    weights = {**WEIGHTS, **{n: WEIGHTS[n] / OUTLIERS for n in ("wq", "wk", "wv")}}
+    program = normal(outlying, X, **weights, outliers=OUTLIERS)
+    calibration = Calibration(program, rows=32)
+    for _ in range(4):
+        calibration(x=torch.randn(2, 9, 12))
+    smoothed = pipeline.run(program, [Smooth(RECIPE, calibration.stats())])
+    return program, pipeline.run(quantized(smoothed, RECIPE), [FoldConstants()])
+
+
+@pytest.fixture(scope="module")
+def report(programs):
+    before, after = programs
+    return Report(RECIPE, (), (), (), before.nbytes, 0).with_program(after)
+
+
+def test_roles_are_summed_up(report):
+    qkv, out = report.roles
+    assert (qkv.role, qkv.groups, qkv.linears, qkv.smoothed) == (Role.ATTN_QKV, 1, 3, 1)
+    assert (out.role, out.groups, out.linears, out.smoothed) == (Role.ATTN_OUT, 1, 1, 0)
+    assert qkv.folds == ("quantise op",)
+    assert qkv.error_smoothed < 0.5 * qkv.error_plain
+    assert (out.error_plain, out.error_smoothed) == (None, None)
+
+
+def test_errors_are_those_of_the_choice(report):
+    (group,) = [group for group in report.groups if group.key == Site("wq")]
+    assert report.errors == {"wq": group.smoothing.error_smoothed}
+
+
+def test_what_was_skipped_is_listed_with_its_pass(report):
+    assert (
+        "quantize_linears",
+        "wo",
+        "the recipe leaves this group in floating point",
+    ) in report.skipped
+
+
+def test_bytes_count_all_tensors(report, programs):
+    before, after = programs
+    assert report.bytes_before == before.nbytes
+    assert report.bytes_after == sum(t.nbytes for t in after.state.values())
+    assert report.bytes_after < report.bytes_before
+
+
+def test_a_report_prints_roles_and_passes(report):
+    text = str(report)
+    assert text.startswith("recipe mine, weights 0.0 MB -> 0.0 MB (0.")
+    row = next(line for line in text.splitlines() if line.startswith("attn_qkv_proj")).split()
+    assert row[:5] == ["attn_qkv_proj", "1", "3", "quantise", "op"]
+    assert row[5] == "1"
+    assert row[-1] == row[-3] == "%"
+    out = next(line for line in text.splitlines() if line.startswith("attn_out_proj")).split()
+    assert out[-2:] == ["-", "-"]
+    passes = [line.split()[0] for line in text.split("\n\n")[-1].splitlines()[2:]]
+    assert passes == [record.name for record in report.records]
+
+
+def test_a_report_follows_its_program(report, programs):
+    later = report.with_program(pipeline.run(programs[1], [Lower(torch.device("cpu"))]))
+    assert later.records[-1].name == "lower"
+    assert later.bytes_before == report.bytes_before
+    assert report.records[-1].name == "fold_constants"
+
+
+def test_a_model_without_statistics_has_no_errors():
+    program = quantized(normal(attend, **WEIGHTS), plain("fp8"))
+    report = Report(plain("fp8"), (), (), (), 1, 0).with_program(program)
+    assert report.errors == {}
+    assert all(one.error_plain is None for one in report.roles)
+
+
+def test_compile_reports():
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            for name, tensor in WEIGHTS.items():
+                self.register_parameter(name, torch.nn.Parameter(tensor))
+
+        def forward(self, x):
+            return attend(self, x)
+
+    model = Model()
+    compiled = wancompile.compile(model, recipe="fp8", example_inputs={"x": X})
+    assert compiled.report.recipe.name == "fp8"
+    assert compiled.report.bytes_before == 4 * sum(p.numel() for p in model.parameters())
+    assert compiled.report.bytes_after == compiled.nbytes
+    assert compiled.report.records[-1].name == "lower"
