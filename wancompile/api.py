@@ -86,7 +86,8 @@ def compile(
         dump: a folder for the text of every level and the diff of every pass.
 
     Returns:
-        A drop-in for `model` with a `report`.
+        A drop-in for `model` with a `report`. Tensors that stay in floating point are shared with
+        `model`, not copied.
 
     Raises:
         WancompileError: with the site, the source line, the pass and the reason; see `errors`.

@@ -69,9 +69,9 @@ class CompiledModel(torch.nn.Module):
         return self.program.nbytes
 
     @contextmanager
-    def cache_context(self, name: str) -> Iterator[None]:
-        """Do nothing: diffusers pipelines name the conditional and unconditional calls with it."""
-        del name
+    def cache_context(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """Do nothing: diffusers pipelines name conditional and unconditional calls and steps so."""
+        del args, kwargs
         yield
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:

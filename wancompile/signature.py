@@ -75,7 +75,11 @@ class Signature:
     def _check_constant(self, name: str, value: Any) -> None:
         if isinstance(value, torch.Tensor):
             raise InputError(f"the program was traced without the tensor {name}")
-        if value is not None and name in self.constants and value != self.constants[name]:
+        if value is None or name == "return_dict":
+            return
+        if name not in self.constants:
+            raise InputError(f"the program was traced without {name}, which is {value!r}")
+        if value != self.constants[name]:
             raise InputError(
                 f"{name} is {value!r}, but the program was traced with {self.constants[name]!r}"
             )

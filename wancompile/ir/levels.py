@@ -170,8 +170,8 @@ def _verify_inputs(graph: Graph, inputs: Sequence[InputSpec], pass_name: str | N
             pass_name=pass_name,
         )
     for node, spec in zip(placeholders, inputs, strict=True):
-        sizes = zip(spec.shape, match.shape(node), strict=True)
-        for dim, (expected, size) in enumerate(sizes):
+        actual = match.shape(node) if match.is_tensor(node) else ()
+        for dim, (expected, size) in enumerate(zip(spec.shape, actual, strict=True)):
             if expected is None and not match.is_symbolic(size):
                 raise LevelError(
                     f"dimension {dim} of {spec.name} must stay dynamic, but became {size}",
