@@ -44,6 +44,16 @@ def test_version_and_help(run: Run) -> None:
     assert "inspect" in out
 
 
+@pytest.mark.parametrize("argv", [(), ("plan",), ("inspect",), ("demo",)])
+def test_help_fits_a_terminal(
+    run: Run, argv: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    code, out, _ = run(*argv, "--help")
+    assert code == 0
+    assert max(map(len, out.splitlines())) < 80
+
+
 def test_it_runs_as_a_module() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "wancompile.cli", "--version"], capture_output=True, text=True
@@ -61,6 +71,7 @@ def test_it_runs_as_a_module() -> None:
         ("plan", "t2v-1.3b", "--resolution", "0x60x104"),
         ("inspect", "t2v-1.3b", "--to", "OPTIMIZED"),
         ("inspect", "t2v-1.3b", "--layers", "0"),
+        ("demo", "--digit", "10"),
         ("inspect", "t2v-1.3b", "--from", "NORMAL", "--to", "EXPORTED"),
         ("inspect", "t2v-1.3b", "--tiny", "--to", "LOWERED", "--recipe", "int8-attention"),
     ],
@@ -104,7 +115,17 @@ def test_plan_prints_what_matters(run: Run) -> None:
                  "self-attention", "planned in", "peak memory"):  # fmt: skip
         assert text in out
     assert "32 video tokens" in out
-    assert max(map(len, out.splitlines())) <= 120
+
+
+@pytest.mark.parametrize(("columns", "reads"), [(80, False), (100, True), (200, True)])
+def test_plan_fits_the_terminal(
+    run: Run, columns: int, reads: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    _, out, _ = run("plan", "i2v-14b", *SMALL)
+    assert max(map(len, out.splitlines())) <= min(columns, 100)
+    assert ("modulated norm" in out) is reads
+    assert out.count("attn_add_kv_proj") == 3  # its size, why it does not fold, its work
 
 
 def test_plan_as_json_holds_the_plan(run: Run) -> None:
@@ -187,6 +208,32 @@ def test_inspect_writes_a_page_and_a_dump(run: Run, tmp_path: Path) -> None:
     assert {"00_start.txt", "15_smooth.diff"} <= {path.name for path in folder.iterdir()}
 
 
+# demo ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("argv", "options"),
+    [
+        ((), {"i2v": True}),
+        (("--steps", "4", "--digit", "7", "--no-i2v"), {"steps": 4, "digit": 7, "i2v": False}),
+        (("--seed", "0"), {"seed": 0, "i2v": True}),
+    ],
+)
+def test_demo_hands_on_what_was_asked_for(
+    run: Run,
+    argv: tuple[str, ...],
+    options: dict[str, object],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    calls: list[tuple[Path, dict[str, object]]] = []
+    monkeypatch.setattr(
+        "wancompile.demo.run", lambda out, **given: calls.append((out, given)), raising=False
+    )
+    assert run("demo", "--out", tmp_path, *argv)[0] == 0
+    assert calls == [(tmp_path, options)]
+
+
 # A folder of a model -------------------------------------------------------------------------
 
 
@@ -207,7 +254,6 @@ def test_plan_reads_only_the_configuration_of_a_folder(run: Run, folder: Path) -
 
 
 def test_inspect_quantizes_the_weights_of_a_folder(run: Run, folder: Path) -> None:
-    pytest.importorskip("accelerate", reason="diffusers loads Wan checkpoints with accelerate")
     code, out, err = run("inspect", folder, "--to", "QUANTIZED", "--site", "blocks.1.ffn")
     assert code == 0, err
     assert "= scaled_linear(" in out

@@ -34,7 +34,9 @@ class Subject:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what every subcommand asks for: the model, the recipe, the size of the latents."""
     parser.add_argument(
-        "target", metavar="PRESET|DIR", help="a preset such as i2v-14b, or a folder of a model"
+        "target",
+        metavar="PRESET|DIR",
+        help=f"the folder of a diffusers model, or one of {', '.join(presets.PRESETS)}",
     )
     parser.add_argument(
         "--recipe",
@@ -46,7 +48,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--resolution",
         type=resolution,
         metavar="FxHxW",
-        help="frames, height and width of the latents",
+        help="frames, height and width of the latents, such as 21x60x104 (default: as usual "
+        "for the preset)",
     )
     parser.add_argument("--layers", type=positive, metavar="N", help="keep only N blocks")
 

@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from wancompile import cli_model
+from wancompile.cli import target
 from wancompile.html import write_html
 from wancompile.inspect import climb, compare, diff, lines
 from wancompile.ir.levels import Level
@@ -32,8 +32,8 @@ Print the graph of a model at a level, or the difference between two levels.
   QUANTIZED  8-bit linears, and attention if the recipe says so
   LOWERED    QUANTIZED with a kernel chosen for each op on this machine
 
-Values that belong to a linear or an attention are named after it. QUANTIZED and LOWERED compute
-with weights: give a folder that has some, or --tiny.
+Values that belong to a linear or an attention are named after it. QUANTIZED
+and LOWERED compute with weights: give a folder that has some, or --tiny.
 """
 
 
@@ -45,9 +45,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         description=_DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.set_defaults(parser=parser)
-    cli_model.add_arguments(parser)
-    cli_model.add_tiny(parser)
+    parser.set_defaults(run=run, parser=parser)
+    target.add_arguments(parser)
+    target.add_tiny(parser)
     parser.add_argument(
         "--to",
         type=_level,
@@ -72,7 +72,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     parser.add_argument(
         "--calibrate",
-        type=cli_model.positive,
+        type=target.positive,
         default=0,
         metavar="N",
         help="observe N random calls, so that smoothing and attention scales "
@@ -102,13 +102,13 @@ def run(args: argparse.Namespace) -> None:
         start = MADE_FROM[to]
     elif start >= to:
         args.parser.error(f"--from {start.name} is not below --to {to.name}")
-    recipe = cli_model.recipe(args.recipe)
+    recipe = target.recipe(args.recipe)
     computes = to >= Level.QUANTIZED
     if computes and recipe.attention is not None and not args.calibrate:
         args.parser.error(f"the recipe {recipe.name} needs attention scales: add --calibrate 1")
     needs_weights = computes or args.tiny or args.calibrate
-    subject = cli_model.with_weights(args) if needs_weights else cli_model.on_meta(args)
-    calls = [cli_model.random_call(subject, seed) for seed in range(args.calibrate)]
+    subject = target.with_weights(args) if needs_weights else target.on_meta(args)
+    calls = [target.random_call(subject, seed) for seed in range(args.calibrate)]
     programs = climb(
         subject.model, subject.inputs, to, recipe=recipe, calibration=calls, dump=args.dump
     )
@@ -122,7 +122,7 @@ def run(args: argparse.Namespace) -> None:
 
 def _write_page(
     args: argparse.Namespace,
-    subject: cli_model.Subject,
+    subject: target.Subject,
     recipe: Recipe,
     before: Program,
     programs: dict[Level, Program],

@@ -1,0 +1,57 @@
+"""`wancompile demo`: from a trained model to videos of the original and the compiled ones."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+from pathlib import Path
+
+from wancompile.cli import target
+from wancompile.errors import InputError
+
+_DESCRIPTION = """\
+Compile a small, really trained Wan in fp8 and int8, make a video with the
+original and with each compiled model from the same seed, print a table, and
+write a folder with report.html and an animated side by side. Needs no GPU.
+"""
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the subcommand."""
+    parser = subparsers.add_parser(
+        "demo",
+        help="compile a small trained Wan and compare its videos, on any machine",
+        description=_DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(run=run)
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("wancompile-demo"),
+        metavar="DIR",
+        help="where to write (default: wancompile-demo)",
+    )
+    parser.add_argument("--steps", type=target.positive, metavar="N", help="sampling steps")
+    parser.add_argument("--seed", type=int, metavar="S", help="seed of the first noise")
+    parser.add_argument(
+        "--digit", type=int, choices=range(10), metavar="D", help="the digit to show, 0 to 9"
+    )
+    parser.add_argument(
+        "--no-i2v", dest="i2v", action="store_false", help="leave out the image-to-video model"
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    """Run the demo with what was asked for; what was not has the demo's own default.
+
+    Raises:
+        InputError: this installation has no demo.
+    """
+    given = {"steps": args.steps, "seed": args.seed, "digit": args.digit}
+    options = {name: value for name, value in given.items() if value is not None}
+    # Only here, so that the other subcommands start without it.
+    demo = importlib.import_module("wancompile.demo")
+    if not hasattr(demo, "run"):
+        raise InputError("this installation of wancompile has no demo")
+    demo.run(args.out, i2v=args.i2v, **options)
