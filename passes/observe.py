@@ -12,7 +12,7 @@ it did before.
 
 from __future__ import annotations
 
-import zlib
+import hashlib
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -64,13 +64,12 @@ class Observe:
             "sample": torch.zeros(self.rows, x.shape[-1], dtype=x.dtype, device=x.device),
             "priority": torch.full((self.rows,), torch.inf, dtype=torch.float64, device=x.device),
         }
-        # Each site draws its own sample; a checksum of its name is the same in every process.
-        seed = self.seed * 2**32 + zlib.crc32(str(site).encode())
         stored = [
             draft.store(buffer_name(site, part), buffer, before=reader)
             for part, buffer in buffers.items()
         ]
         label = _label(draft, x.device, reader)
+        seed = _seed_of(self.seed, site)
         draft.call(
             ops.observe_channels.default, producer, *stored, label, seed, before=reader, like=reader
         )
@@ -89,6 +88,12 @@ class Observe:
 def buffer_name(site: Site, part: str) -> str:
     """Return the name under which a buffer of the observer at `site` is stored."""
     return f"observers.{site}.{part}".replace("#", "_call_").replace(":", "_")
+
+
+def _seed_of(seed: int, site: Site) -> int:
+    """Return the site's own seed, a 63-bit number that is the same in every process."""
+    digest = hashlib.blake2b(f"{seed} {site}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest) >> 1
 
 
 def _label(draft: Draft, device: torch.device, before: Node) -> Node:
