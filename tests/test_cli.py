@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -206,6 +207,21 @@ def test_inspect_writes_a_page_and_a_dump(run: Run, tmp_path: Path) -> None:
     assert 'id="errors"' in text
     assert 'id="sites"' in text
     assert {"00_start.txt", "15_smooth.diff"} <= {path.name for path in folder.iterdir()}
+
+
+def test_a_page_of_a_lowered_model_compares_it_with_the_float_one(run: Run, tmp_path: Path) -> None:
+    # Lowering changes nothing on a CPU, so the level just before would show nothing.
+    page = tmp_path / "page.html"
+    argv = ("inspect", "t2v-1.3b", "--tiny", "--layers", "1", "--to", "LOWERED", "--html", page)
+    assert run(*argv)[0] == 0
+    text = page.read_text(encoding="utf-8")
+    assert "<b>NORMAL</b><b>LOWERED</b>" in text
+    assert '<mark><span class="op">scaled_linear</span></mark>' in text
+    share = re.search(r"<dt>weights</dt>.*?([\d.]+) %", text)
+    assert share is not None
+    assert 50 < float(share[1]) < 90
+    # Weights are at hand, so the exact passes were checked.
+    assert re.search(r"\de-\d\d</span>|not at all", text)
 
 
 # demo ----------------------------------------------------------------------------------------

@@ -191,16 +191,17 @@ def climb(
     if is_meta and to >= Level.QUANTIZED:
         raise LevelError(f"{to.name} computes with weights, and this model has none (meta device)")
     program = export(model, [call], dynamic=dynamic)
+    probe = None if is_meta else pipeline.Probe(call)
     found = {Level.EXPORTED: program}
     if to >= Level.NORMAL:
-        found[Level.NORMAL] = pipeline.run(program, passes.NORMALIZE, dump=dump)
+        found[Level.NORMAL] = pipeline.run(program, passes.NORMALIZE, probe=probe, dump=dump)
     if to >= Level.OBSERVED:
         found[Level.OBSERVED] = pipeline.run(found[Level.NORMAL], (Observe(),))
     if to >= Level.QUANTIZED:
         chosen, stats = resolve(recipe), _observe(found[Level.NORMAL], calibration)
         chosen.check(found[Level.NORMAL].groups)
         steps = (*passes.smoothing(chosen, stats), *passes.quantization(chosen, stats))
-        found[Level.QUANTIZED] = pipeline.run(found[Level.NORMAL], steps, dump=dump)
+        found[Level.QUANTIZED] = pipeline.run(found[Level.NORMAL], steps, probe=probe, dump=dump)
     if to >= Level.LOWERED:
         steps = passes.lowering(next(iter(program.state.values())).device)
         found[Level.LOWERED] = pipeline.run(found[Level.QUANTIZED], steps, dump=dump)

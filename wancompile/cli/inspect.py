@@ -113,7 +113,7 @@ def run(args: argparse.Namespace) -> None:
         subject.model, subject.inputs, to, recipe=recipe, calibration=calls, dump=args.dump
     )
     if args.html is not None:
-        _write_page(args, subject, recipe, programs[start], programs)
+        _write_page(args, subject, recipe, programs)
     elif args.diff or args.start is not None:
         print(diff(programs[start], programs[to], args.site) or "nothing differs")
     else:
@@ -124,15 +124,17 @@ def _write_page(
     args: argparse.Namespace,
     subject: target.Subject,
     recipe: Recipe,
-    before: Program,
     programs: dict[Level, Program],
 ) -> None:
-    after = programs[args.to]
-    report = Report(recipe, (), (), (), before.nbytes, 0).with_program(after)
-    normal = programs.get(Level.NORMAL)
+    is_quantized = args.to >= Level.QUANTIZED
+    # What people look for in a page of a quantized program is how it differs from the float one.
+    usual = Level.NORMAL if is_quantized else MADE_FROM[args.to]
+    before, after = programs[usual if args.start is None else args.start], programs[args.to]
+    size = programs[Level.EXPORTED].nbytes
+    report = Report(recipe, (), (), (), size, 0).with_program(after)
     comparison = None
-    if normal is not None and args.to >= Level.QUANTIZED:
-        comparison = compare(normal, after, subject.inputs)
+    if is_quantized:
+        comparison = compare(programs[Level.NORMAL], after, subject.inputs)
     path = write_html(
         args.html,
         report,

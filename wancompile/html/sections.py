@@ -76,7 +76,7 @@ def _names(sites: Sequence[str]) -> str:
 def roles(summaries: Sequence[RoleSummary]) -> Html:
     """Return the table of roles with their mean errors."""
     largest = max([*(one.error_plain or 0.0 for one in summaries), 1e-30])
-    names = ["role", "groups", "linears", "1/s goes to", "smoothed", "error", "smoothed error"]
+    names = ["role", "groups", "linears", "1/s goes to", "smoothed", "plain error", "as compiled"]
     head = el("tr", [el("th", name, scope="col") for name in names])
     rows = []
     for one in summaries:
