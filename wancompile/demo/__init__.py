@@ -1,0 +1,1 @@
+"""The demonstration: a small, really trained Wan compiled before your eyes."""
