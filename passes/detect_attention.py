@@ -18,6 +18,7 @@ Nothing is rewritten; the graph before is the graph after.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -175,17 +176,14 @@ _CARRIERS = (*match.LAYOUT_OPS, *match.CAST_OPS, aten.add.Tensor)
 
 def _outputs(node: Node) -> list[Node]:
     """Return every laid-out, cast or summed form of an attention's output, nearest first."""
-    found: list[Node] = []
-    todo = [node]
+    found = {node: None}
+    todo = deque(found)
     while todo:
-        one = todo.pop(0)
-        found.append(one)
-        todo.extend(
-            user
-            for user in match.readers(one)
-            if match.is_op(user, *_CARRIERS) and user not in found
-        )
-    return found
+        for user in match.readers(todo.popleft()):
+            if match.is_op(user, *_CARRIERS) and user not in found:
+                found[user] = None
+                todo.append(user)
+    return list(found)
 
 
 def _output_groups(draft: Draft, cluster: Sequence[_Read]) -> list[Group]:

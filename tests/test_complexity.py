@@ -6,11 +6,13 @@ import cProfile
 import pstats
 
 import torch
+import torch.nn.functional as F
 import zoo
-from small import plain, quantized
+from small import WEIGHTS, attend, normal, plain, quantized
 
 from wancompile import pipeline
 from wancompile.export import export
+from wancompile.ir.site import Fold, Site
 from wancompile.passes import NORMALIZE, FoldConstants, Lower
 
 
@@ -30,3 +32,22 @@ def test_work_grows_linearly_in_blocks():
     calls_of_passes("i2v", 1)  # what is cached at the first use is not counted
     few, some, many = (calls_of_passes("i2v", layers) for layers in (2, 4, 8))
     assert many - some < 2.1 * (some - few)
+
+
+def test_sums_that_branch_again_and_again_are_given_up():
+    """Twelve doublings have 4096 paths back to the values."""
+
+    def doubled(x, weight, bias):
+        for _ in range(12):
+            x = x + x
+        return F.linear(x, weight, bias)
+
+    def fn(self, x):
+        def linear(x, weight, bias):
+            return (doubled if weight is self.wo else F.linear)(x, weight, bias)
+
+        return attend(self, x, linear=linear)
+
+    program = normal(fn, **WEIGHTS)
+    (out,) = [group for group in program.groups if group.key == Site("wo")]
+    assert out.fold is Fold.QUANTIZE
