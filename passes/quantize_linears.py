@@ -64,14 +64,17 @@ class QuantizeLinears:
         if spec is None:
             draft.skip(group.key, "the recipe leaves this group in floating point")
             return
-        members = [node for site in group.sites if match.is_float_linear(node := nodes[site])]
-        for node in members:
-            if match.reads_only_constants(match.args(node)[1]):
-                yield node, spec
-            else:
+        count = 0
+        for node in (nodes[site] for site in group.sites):
+            if not match.is_float_linear(node):
+                continue
+            if not match.reads_only_constants(match.args(node)[1]):
                 draft.skip(node, "its weight is computed from the inputs", node)
-        if members:
-            draft.did(group.key, f"{group.role}: {len(members)} linears in {spec.dtype}")
+                continue
+            yield node, spec
+            count += 1
+        if count:
+            draft.did(group.key, f"{group.role}: {count} linears in {spec.dtype}")
 
 
 @dataclass

@@ -111,6 +111,7 @@ def test_a_computed_weight_stays():
     assert counts(program)["linear"] == 4
     assert "scaled_linear" not in counts(program)
     assert set(skips(program).values()) == {"its weight is computed from the inputs"}
+    assert not program.records[-1].done
 
 
 def test_a_linear_without_a_group_stays():
