@@ -19,6 +19,7 @@ from wancompile.passes.raise_einsum import RaiseEinsum
 from wancompile.passes.raise_gelu import RaiseGelu
 from wancompile.passes.raise_linear import RaiseLinear
 from wancompile.passes.raise_norms import RaiseNorms
+from wancompile.passes.raise_slice_stores import RaiseSliceStores
 from wancompile.passes.raise_stores import RaiseStores
 from wancompile.passes.resolve_slices import ResolveSlices
 from wancompile.passes.share_common import ShareCommon
@@ -29,6 +30,7 @@ from wancompile.recipe import Recipe
 
 # EXPORTED -> NORMAL: one spelling for everything, then who feeds whom.
 NORMALIZE: tuple[Pass, ...] = (
+    RaiseSliceStores(),
     DropNoops(),
     Canonicalize(),
     RaiseStores(),

@@ -206,7 +206,7 @@ def test_inspect_writes_a_page_and_a_dump(run: Run, tmp_path: Path) -> None:
     text = page.read_text(encoding="utf-8")
     assert 'id="errors"' in text
     assert 'id="sites"' in text
-    assert {"00_start.txt", "15_smooth.diff"} <= {path.name for path in folder.iterdir()}
+    assert {"00_start.txt", "16_smooth.diff"} <= {path.name for path in folder.iterdir()}
 
 
 def test_a_page_of_a_lowered_model_compares_it_with_the_float_one(run: Run, tmp_path: Path) -> None:

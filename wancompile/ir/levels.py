@@ -75,7 +75,8 @@ view.dtype polar.default complex.default outer.default constant_pad_nd.default p
 movedim.int movedim.intlist swapaxes.default tile.default diff.default cumsum.default
 arange.default arange.start arange.start_step zeros.default ones.default full.default
 zeros_like.default ones_like.default full_like.default new_zeros.default new_ones.default
-new_full.default scalar_tensor.default triu.default tril.default
+new_full.default scalar_tensor.default triu.default tril.default diag_embed.default
+leaky_relu.default linalg_qr.default
 """
 
 
