@@ -155,8 +155,9 @@ def pipeline_of(transformer: nn.Module) -> WanPipeline:
     return pipe
 
 
-LATENTS = torch.randn(2, 16, 3, 6, 8)
-TEXT, NO_TEXT = torch.randn(2, 512, 40), torch.zeros(2, 512, 40)
+DRAW = torch.Generator().manual_seed(0)
+LATENTS = torch.randn(2, 16, 3, 6, 8, generator=DRAW)
+TEXT, NO_TEXT = torch.randn(2, 512, 40, generator=DRAW), torch.zeros(2, 512, 40)
 STEPS, GUIDANCE = 3, 4.0
 
 
