@@ -27,7 +27,7 @@ from wancompile.ir.levels import Level
 from wancompile.ir.site import Fold, Group, Site, Smoothing
 from wancompile.passes.choose_folds import weight_readers
 from wancompile.passes.folds import affine, modulation, value_rows
-from wancompile.quant.search import Candidate, choose, stack_weights
+from wancompile.quant.search import Candidate, Weights, choose
 from wancompile.quant.stats import ChannelStats, Stats
 from wancompile.recipe import Recipe
 
@@ -69,10 +69,10 @@ class Smooth:
             return None
         members = [nodes[site] for site in group.sites]
         stats = self._stats_of(group, members[0])
-        weight = _stacked_weight(draft, members)
-        device = weight.device
+        weights = _weights(draft, members)
+        device = weights.amax.device
         amax, tokens = stats.amax.amax(0).to(device), stats.sample.to(device)
-        choice = choose(amax, weight, tokens, spec.torch_dtype)
+        choice = choose(amax, weights, tokens, spec.torch_dtype)
         if choice is None:
             draft.skip(group.key, f"only {len(tokens)} different tokens to judge a scale by")
             return None
@@ -105,10 +105,10 @@ def _obstacle(helps: bool, allowed: bool, members: list[Node], shared: set[str])
     return ""
 
 
-def _stacked_weight(draft: Draft, members: list[Node]) -> torch.Tensor:
-    return stack_weights(
-        [edit.evaluate_constant(match.args(node)[1], draft.state) for node in members]
-    )
+def _weights(draft: Draft, members: list[Node]) -> Weights:
+    nodes = [match.args(node)[1] for node in members]
+    outputs = sum(match.shape(node)[0] for node in nodes)
+    return Weights.of((edit.evaluate_constant(node, draft.state) for node in nodes), outputs)
 
 
 def _apply(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from wancompile.quant.numerics import FP8, INT8
-from wancompile.quant.search import Choice, choose, output_error, smooth_scale, stack_weights
+from wancompile.quant.search import Choice, Weights, choose, output_error, smooth_scale
 
 
 def outlier_data(sigma: float, tokens: int = 64, k: int = 32, n: int = 48):
@@ -19,10 +20,14 @@ def outlier_data(sigma: float, tokens: int = 64, k: int = 32, n: int = 48):
     return torch.randn(tokens, k) * factor, torch.randn(n, k) / factor
 
 
+def weights(*each):
+    return Weights.of(each, sum(len(one) for one in each))
+
+
 @pytest.mark.parametrize("sigma", [1.0, 1.5, 2.0])
 def test_int8_with_outliers_is_won_back(sigma):
     x, weight = outlier_data(sigma)
-    choice = choose(x.abs().amax(0), weight, x, INT8)
+    choice = choose(x.abs().amax(0), weights(weight), x, INT8)
     even_x, even_weight = outlier_data(0.0)
     without_outliers = output_error(even_x, even_weight, INT8, None)
     assert choice.helps
@@ -32,7 +37,7 @@ def test_int8_with_outliers_is_won_back(sigma):
 
 def test_errors_are_those_of_the_tokens_that_did_not_choose():
     x, weight = outlier_data(1.5)
-    choice = choose(x.abs().amax(0), weight, x, INT8)
+    choice = choose(x.abs().amax(0), weights(weight), x, INT8)
     for scale, error in ((1.0, choice.error_plain), (choice.best.scale, choice.error_smoothed)):
         assert error == pytest.approx(int8_error(x[1::2] / scale, weight * scale), rel=1e-4)
 
@@ -52,7 +57,7 @@ def in_int8(x):
 def test_the_best_exponents_are_among_those_tried():
     x, weight = outlier_data(1.5)
     amax, weight_amax = x.abs().amax(0), weight.abs().amax(0)
-    best = choose(amax, weight, x, INT8).best
+    best = choose(amax, weights(weight), x, INT8).best
     chosen = output_error(x[0::2], weight, INT8, best.scale)
     for alpha in (0.05, 0.25, 0.5, 0.75, 1.0):
         for beta in (0.0, 1 - alpha):
@@ -65,7 +70,7 @@ def test_a_scale_that_fits_only_the_tokens_that_chose_it_is_not_taken():
     x = torch.randn(64, 16).sign() * 1.0
     weight = torch.randn(24, 16).sign() * 1.0
     x[0::2, 0] *= 50
-    choice = choose(x.abs().amax(0), weight, x, INT8)
+    choice = choose(x.abs().amax(0), weights(weight), x, INT8)
     trained = [output_error(x[0::2], weight, INT8, s) for s in (None, choice.best.scale)]
     assert trained[1] < trained[0]
     assert choice.error_smoothed > choice.error_plain
@@ -74,7 +79,7 @@ def test_a_scale_that_fits_only_the_tokens_that_chose_it_is_not_taken():
 
 def test_exact_data_needs_no_scale():
     x, weight = torch.randn(32, 16).sign(), torch.randn(8, 16).sign()
-    choice = choose(x.abs().amax(0), weight, x, INT8)
+    choice = choose(x.abs().amax(0), weights(weight), x, INT8)
     assert choice.error_plain < 1e-6
     assert not choice.helps
 
@@ -86,14 +91,14 @@ def test_nan_never_helps():
 
 def test_too_few_tokens_judge_nothing():
     x, weight = outlier_data(1.5, tokens=3)
-    assert choose(x.abs().amax(0), weight, x, INT8) is None
+    assert choose(x.abs().amax(0), weights(weight), x, INT8) is None
     x, weight = outlier_data(1.5, tokens=4)
-    assert choose(x.abs().amax(0), weight, x, INT8) is not None
+    assert choose(x.abs().amax(0), weights(weight), x, INT8) is not None
 
 
 def test_many_outputs_are_sampled_and_few_are_not():
-    x, weight = outlier_data(1.5, n=3000)
-    choice = choose(x.abs().amax(0), weight, x, FP8)
+    x, weight = outlier_data(1.5, n=600)
+    choice = choose(x.abs().amax(0), weights(weight), x, FP8)
     every_third = output_error(x[1::2], weight[::3], FP8, None)
     assert choice.error_plain == pytest.approx(every_third, rel=1e-6)
 
@@ -129,5 +134,21 @@ def test_scales_stay_in_the_range_of_fp16():
 
 def test_weights_are_stacked_over_their_outputs():
     a, b = torch.randn(2, 5), torch.randn(3, 5)
-    assert torch.equal(stack_weights([a, b]), torch.cat([a, b]))
-    assert stack_weights([a]) is a
+    both = weights(a, b)
+    assert torch.equal(both.amax, torch.cat([a, b]).abs().amax(0))
+    assert torch.equal(both.rows, torch.cat([a, b]))
+
+
+def test_weights_are_let_go_of_one_by_one():
+    alive = []
+
+    def made():
+        for _ in range(4):
+            weight = torch.randn(6, 5)
+            alive.append(weakref.ref(weight))
+            assert sum(one() is not None for one in alive) <= 2
+            yield weight
+            del weight
+
+    Weights.of(made(), 24)
+    assert not any(one() is not None for one in alive)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -104,8 +105,9 @@ def compile(
         program, passes.smoothing(chosen, stats), probe=pipeline.Probe(probe), dump=dump
     )
     if consume:
-        program.state.clear()
+        program.release()
         model.to("meta")
+        gc.collect()  # what came before `program` is tied in cycles, and shares its weights
     quantized = pipeline.run(
         smoothed, passes.quantization(chosen, stats), dump=dump, consume=consume
     )

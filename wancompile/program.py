@@ -60,8 +60,12 @@ class Program:
 
     @cached_property
     def module(self) -> GraphModule:
-        """The graph as a module whose buffers are the tensors of `state`."""
-        return GraphModule(nest(self.state), self.graph)
+        """The graph as a module whose buffers are the tensors of `state`.
+
+        The module has its own copy of the graph: a graph holds on to its module, and with it to
+        every weight.
+        """
+        return GraphModule(nest(self.state), edit.copy_graph(self.graph))
 
     def draft(self, *, consume: bool = False) -> edit.Draft:
         """Return a private working copy; weights are shared, the graph is not.
@@ -71,11 +75,22 @@ class Program:
         """
         state = dict(self.state)
         if consume:
-            self.state.clear()
-            self.__dict__.pop("module", None)
+            self.release()
         return edit.Draft(
             edit.copy_graph(self.graph), state, self.groups, self.ungrouped, self.attentions
         )
+
+    def release(self) -> None:
+        """Let go of the weights; the program cannot run any more.
+
+        torch ties a GraphModule and its graph in a cycle, which would keep the buffers until the
+        garbage collector comes by, so they are taken out of it.
+        """
+        self.state.clear()
+        module = self.__dict__.pop("module", None)
+        if module is not None:
+            for part in module.modules():
+                part._buffers.clear()
 
     def to(self, device: torch.device) -> Program:
         """Return the program on `device`."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -11,9 +11,32 @@ from torch import Tensor
 from wancompile.quant.numerics import absmax, absmax_scale, quantize
 
 # Output channels on which candidates are scored. Each has its own scale, so they are independent,
-# and a thousand of them rank candidates as well as all.
-_SCORED_ROWS = 1024
+# and a few hundred of them rank candidates as well as all.
+_SCORED_ROWS = 256
+_ROWS_AT_ONCE = 128  # keeps temporaries small, and in the cache
 _LIMIT = 1e4
+
+
+@dataclass(frozen=True, eq=False)
+class Weights:
+    """What the search looks at of a group's weights, stacked over their outputs.
+
+    `amax [K]` fp32: largest magnitude of each input channel; `rows [R, K]` fp32: some outputs.
+    """
+
+    amax: Tensor
+    rows: Tensor
+
+    @classmethod
+    def of(cls, weights: Iterable[Tensor], outputs: int) -> Weights:
+        """Look at each of `weights [N_i, K]` fp32 in turn; `outputs` is the sum of all N_i.
+
+        Where an iterator makes the weights, only the one looked at is held in memory.
+        """
+        stride = -(-outputs // _SCORED_ROWS)
+        looks = [(absmax(weight, 0), weight[::stride].clone()) for weight in weights]
+        amax, rows = zip(*looks, strict=True)
+        return cls(torch.stack(amax).amax(0), torch.cat(rows))
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,13 +63,13 @@ class Choice:
 
 
 def choose(
-    amax: Tensor, weight: Tensor, tokens: Tensor, dtype: torch.dtype, steps: int = 20
+    amax: Tensor, weights: Weights, tokens: Tensor, dtype: torch.dtype, steps: int = 20
 ) -> Choice | None:
     """Search `s = amax_x ** alpha / amax_w ** beta` (Xiao et al. 2023, "SmoothQuant", eq. 4).
 
     Args:
         amax: `[K]` fp32, largest magnitude of each input channel over all calibration tokens.
-        weight: `[N, K]` fp32, all linears of the group stacked.
+        weights: of all linears of the group.
         tokens: `[R, K]`, sampled inputs. Even ones choose the scale, odd ones judge it.
         dtype: int8 or e4m3, of weights (per output channel) and activations (per token).
         steps: alpha runs over `steps` values up to 1, each with beta = 1 - alpha and beta = 0.
@@ -56,10 +79,9 @@ def choose(
     """
     if len(tokens) < 4:
         return None
-    weight_amax = absmax(weight, 0)
-    rows = _spread_rows(weight)
+    rows = weights.rows
     training, held_out = tokens[0::2].float(), tokens[1::2].float()
-    candidates = list(_candidates(amax, weight_amax, steps))
+    candidates = list(_candidates(amax, weights.amax, steps))
     errors = [output_error(training, rows, dtype, one.scale) for one in candidates]
     best = candidates[min(range(len(errors)), key=errors.__getitem__)]
     return Choice(
@@ -71,21 +93,19 @@ def choose(
 
 def output_error(x: Tensor, weight: Tensor, dtype: torch.dtype, scale: Tensor | None) -> float:
     """Relative L2 error of `x @ weight.T` when both are quantized after dividing x by `scale`."""
-    exact = x @ weight.T
-    if scale is not None:
-        x, weight = x / scale, weight * scale
-    difference = _rounded(x, dtype) @ _rounded(weight, dtype).T - exact
-    return float(difference.norm() / exact.norm().clamp_min(torch.finfo(torch.float32).tiny))
+    smooth = torch.ones_like(x[0]) if scale is None else scale
+    rounded = _rounded(x / smooth, dtype)
+    lost, total = x.new_zeros(()), x.new_zeros(())
+    for rows in weight.split(_ROWS_AT_ONCE):
+        exact = x @ rows.T
+        lost += (rounded @ _rounded(rows * smooth, dtype).T - exact).square().sum()
+        total += exact.square().sum()
+    return float((lost / total.clamp_min(torch.finfo(torch.float32).tiny)).sqrt())
 
 
 def _rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
     scale = absmax_scale(x, -1, dtype)
     return quantize(x, scale, dtype).float() * scale
-
-
-def _spread_rows(weight: Tensor) -> Tensor:
-    stride = -(-weight.shape[0] // _SCORED_ROWS)
-    return weight[::stride]
 
 
 def _candidates(amax: Tensor, weight_amax: Tensor, steps: int) -> Iterator[Candidate]:
@@ -106,8 +126,3 @@ def smooth_scale(amax: Tensor, weight_amax: Tensor, alpha: float, beta: float) -
     logs = torch.where(live, logs, 0.0)
     logs = torch.where(live, logs - logs.sum() / live.sum().clamp_min(1), 0.0)
     return logs.exp().clamp(1 / _LIMIT, _LIMIT)
-
-
-def stack_weights(weights: Sequence[Tensor]) -> Tensor:
-    """Return the weights `[N_i, K]` of a group as one `[sum N_i, K]`."""
-    return weights[0] if len(weights) == 1 else torch.cat(list(weights))
