@@ -71,7 +71,7 @@ class Smooth:
         stats = self._stats_of(group, members[0])
         weights = _weights(draft, members)
         device = weights.amax.device
-        amax, tokens = stats.amax.amax(0).to(device), stats.sample.to(device)
+        amax, tokens = stats.amax.amax(0).to(device), stats.tokens.to(device)
         choice = choose(amax, weights, tokens, spec.torch_dtype)
         if choice is None:
             draft.skip(group.key, f"only {len(tokens)} different tokens to judge a scale by")

@@ -55,6 +55,7 @@ def calibrate(
     progress: bool = False,
 ) -> Stats:
     """Return the statistics of `model` on `calib_data`, to be saved, merged or compiled with."""
+    _need_weights(model)
     stats, _ = _calibrate(model, calib_data, labels, rows, seed, progress, dump=None)
     return stats
 
@@ -94,12 +95,15 @@ def compile(
         WancompileError: with the site, the source line, the pass and the reason; see `errors`.
     """
     chosen = resolve(recipe)
+    if chosen.attention is not None and stats is None and calib_data is None:
+        raise CalibrationError(
+            "8-bit attention needs calibration data or statistics for its static scales"
+        )
+    _need_weights(model)
     program, probe, stats = _prepare(
         model, calib_data, stats, example_inputs, progress=progress, dump=dump
     )
     chosen.check(program.groups)
-    if chosen.attention is not None and stats is None:
-        raise CalibrationError("8-bit attention needs calibration data for its static scales")
     bytes_before = program.nbytes
     smoothed = pipeline.run(
         program, passes.smoothing(chosen, stats), probe=pipeline.Probe(probe), dump=dump
@@ -181,6 +185,11 @@ def _named(model: torch.nn.Module, inputs: Mapping[str, Any] | Sequence[Any]) ->
     parameters, defaults = parameters_of(model.forward)
     args, kwargs = ((), inputs) if isinstance(inputs, Mapping) else (inputs, {})
     return name_arguments(parameters, defaults, args, kwargs)
+
+
+def _need_weights(model: torch.nn.Module) -> None:
+    if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
+        raise InputError("the model's weights are on the meta device: load them first")
 
 
 def _dtype_of(model: torch.nn.Module) -> torch.dtype:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -73,13 +74,8 @@ class Calibration:
         return self._observed.state[buffer_name(site, part)]
 
     def _channel(self, site: Any) -> ChannelStats:
-        amax, count, sample, priority = (
-            self._buffer(site, part) for part in ("amax", "count", "sample", "priority")
-        )
-        kept = int(torch.isfinite(priority).sum())
-        return ChannelStats(
-            amax.clone(), count.clone(), sample[:kept].clone(), priority[:kept].clone()
-        )
+        parts = ("amax", "count", "sample", "priority")
+        return ChannelStats(*(self._buffer(site, part).clone() for part in parts))
 
     def _set_label(self, tensors: list[torch.Tensor]) -> None:
         """Point the observers at the range of this call's timestep.
@@ -93,12 +89,9 @@ class Calibration:
             for tensor, spec in zip(tensors, specs, strict=True)
             if 1 <= len(spec.shape) <= 2 and spec.shape[0] is None
         ]
-        index = 0
-        if len(small) == 1:
-            share = float(small[0].float().amax()) / _TIMESTEPS
-            index = (
-                min(self._labels - 1, max(0, int(share * self._labels))) if share == share else 0
-            )
+        share = float(small[0].float().amax()) / _TIMESTEPS if len(small) == 1 else 0.0
+        in_range = share if math.isfinite(share) else 0.0
+        index = min(self._labels - 1, max(0, int(in_range * self._labels)))
         self._observed.state[LABEL].fill_(index)
 
     def _check_finite(self) -> None:

@@ -57,13 +57,14 @@ def export(
     _check_alike(arguments)
     dims = _dynamic_dims(arguments) if dynamic else {}
     example = _without_ones(arguments[0], dims)
-    training = model.training
+    training = {module: module.training for module in model.modules()}
     model.eval()
     try:
         with torch.no_grad():
             exported = _export(model, example, dims)
     finally:
-        model.train(training)
+        for module, flag in training.items():
+            module.training = flag
     return _program(exported, model, example, dims)
 
 

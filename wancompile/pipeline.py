@@ -22,7 +22,8 @@ log = logging.getLogger("wancompile")
 
 # How far two float programs that compute the same function may drift apart, relative L2.
 EXACT_TOLERANCE: Mapping[torch.dtype, float] = {
-    torch.float64: 1e-9,
+    # Models compute norms in fp32 whatever the type of their weights, and smooth scales are fp32.
+    torch.float64: 1e-6,
     torch.float32: 2e-4,
     torch.float16: 2e-2,
     torch.bfloat16: 5e-2,
@@ -127,6 +128,12 @@ def _compare(
 ) -> Program:
     names = ", ".join(one.name for one in group)
     worst = 0.0
+    if not all(bool(torch.isfinite(one).all()) for one in expected):
+        raise NumericsError(
+            "the model's own output on the example inputs holds NaN or infinity, "
+            "so that nothing can be checked on them",
+            pass_name=names,
+        )
     for new, old in zip(_outputs(after, probe), expected, strict=True):
         error, limit = relative_error(new, old), EXACT_TOLERANCE.get(old.dtype, 0.0)
         if not error <= limit:

@@ -22,7 +22,7 @@ class InputSpec:
     dtype: torch.dtype
 
     def check(self, tensor: torch.Tensor) -> None:
-        """Raise `InputError` if `tensor` has another rank or differs in a fixed dimension."""
+        """Raise `InputError` if `tensor` differs in rank, in a fixed dimension or in type."""
         expected = "x".join("*" if size is None else str(size) for size in self.shape)
         if tensor.dim() != len(self.shape) or any(
             size is not None and size != actual
@@ -30,7 +30,7 @@ class InputSpec:
         ):
             actual_text = "x".join(map(str, tensor.shape))
             raise InputError(f"{self.name} has shape {actual_text}, the program takes {expected}")
-        if tensor.is_floating_point() != self.dtype.is_floating_point and not self._any_number:
+        if tensor.dtype != self.dtype and not self._any_number:
             raise InputError(f"{self.name} is {tensor.dtype}, the program takes {self.dtype}")
 
     @property

@@ -23,7 +23,8 @@ class ChannelStats:
     """Statistics of one producer value `[..., C]`, over L ranges of timesteps.
 
     `amax [L, C]` fp32: largest magnitude per channel; `count [L]` int64: distinct rows seen;
-    `sample [R, C]`: a uniform sample of at most R distinct rows, `priority [R]` fp64 ascending.
+    `sample [R, C]`: a uniform sample of distinct rows, `priority [R]` fp64 ascending; rows of
+    infinite priority are places still empty.
     """
 
     amax: Tensor
@@ -31,9 +32,18 @@ class ChannelStats:
     sample: Tensor
     priority: Tensor
 
+    @property
+    def tokens(self) -> Tensor:
+        """The sampled rows, at most R."""
+        return self.sample[torch.isfinite(self.priority)]
+
     def merge(self, other: ChannelStats) -> ChannelStats:
-        """Return the statistics of both data sets together, as if seen by one observer."""
-        limit = max(len(self.priority), len(other.priority))
+        """Return the statistics of both data sets together, as if seen by one observer.
+
+        Of samples of different sizes the smaller decides: beyond it, rows of the other data set
+        would be missing.
+        """
+        limit = min(len(self.priority), len(other.priority))
         priority, order = torch.cat([self.priority, other.priority]).sort()
         sample = torch.cat([self.sample, other.sample])[order]
         return ChannelStats(
@@ -77,7 +87,7 @@ class Stats:
             CalibrationError: the runs observed other sites or ranges, or drew with the same seed,
                 which would sample the same positions twice.
         """
-        if self.edges != other.edges or self.channels.keys() != other.channels.keys():
+        if self.edges != other.edges or _shapes(self) != _shapes(other):
             raise CalibrationError("statistics of different models or ranges cannot be merged")
         if set(self.seeds) & set(other.seeds):
             raise CalibrationError("both runs drew with the same seed: give each its own")
@@ -115,18 +125,26 @@ class Stats:
             raise CalibrationError(f"{path} cannot be read as safetensors: {error}") from error
         if metadata.get("format") != FORMAT:
             raise CalibrationError(f"{path} holds no statistics of format {FORMAT}")
-        facts = json.loads(metadata["facts"])
-        return cls(
-            _channels(tensors),
-            _heads(tensors),
-            tuple(facts["edges"]),
-            facts["calls"],
-            tuple(facts["seeds"]),
-        )
+        try:
+            facts = json.loads(metadata["facts"])
+            edges, seeds = tuple(facts["edges"]), tuple(facts["seeds"])
+            return cls(_channels(tensors), _heads(tensors), edges, facts["calls"], seeds)
+        except (ValueError, KeyError, TypeError) as error:
+            raise CalibrationError(f"{path} is incomplete: {error!r}") from error
+
+
+def _shapes(stats: Stats) -> tuple[dict[Site, torch.Size], dict[tuple[Site, str], torch.Size]]:
+    """Return the shapes of everything whose size the model decides."""
+    channels = {site: one.amax.shape for site, one in stats.channels.items()}
+    return channels, {key: one.amax.shape for key, one in stats.heads.items()}
 
 
 def _channels(tensors: Mapping[str, Tensor]) -> dict[Site, ChannelStats]:
-    names = {name.split("/")[1] for name in tensors if name.startswith("channels/")}
+    names = {
+        name.removeprefix("channels/").rpartition("/")[0]
+        for name in tensors
+        if name.startswith("channels/")
+    }
     parts = ("amax", "count", "sample", "priority")
     return {
         Site.parse(name): ChannelStats(*(tensors[f"channels/{name}/{part}"] for part in parts))
@@ -138,6 +156,6 @@ def _heads(tensors: Mapping[str, Tensor]) -> dict[tuple[Site, str], HeadStats]:
     found = {}
     for name, amax in tensors.items():
         if name.startswith("heads/"):
-            _, site, operand = name.split("/")
+            site, _, operand = name.removeprefix("heads/").rpartition("/")
             found[Site.parse(site), operand] = HeadStats(amax)
     return found
