@@ -72,7 +72,7 @@ def main() -> None:
     )
     parser.add_argument("name", choices=CONFIGS)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=8000)
+    parser.add_argument("--steps", type=int, default=5000)
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()

@@ -119,7 +119,7 @@ def first_frame_channels(frames: Tensor) -> Tensor:
 
 
 def calls(model: Any, requests: Sequence[Request]) -> list[dict[str, Any]]:
-    """Return the arguments of every call of `model.forward` that sampling makes: calibration data."""
+    """Return the arguments of every call of `model.forward` while sampling: calibration data."""
     seen: list[dict[str, Any]] = []
 
     def record(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
