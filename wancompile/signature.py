@@ -33,9 +33,14 @@ class InputSpec:
         if tensor.dtype != self.dtype and not self._any_number:
             raise InputError(f"{self.name} is {tensor.dtype}, the program takes {self.dtype}")
 
+    def narrowed(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return fp64 numbers in fp32 unless the graph was made for fp64, which spreads."""
+        is_wide = tensor.dtype == torch.float64 != self.dtype
+        return tensor.float() if is_wide else tensor
+
     @property
     def _any_number(self) -> bool:
-        # Schedulers hand out timesteps as int64 or as float32; both mean the same number.
+        # Schedulers hand out timesteps in int64, fp32 or fp64; all mean the same number.
         return len(self.shape) <= 2
 
 
@@ -67,7 +72,7 @@ class Signature:
             if not isinstance(value, torch.Tensor):
                 raise InputError(f"{spec.name} is missing: the program was traced with this tensor")
             spec.check(value)
-            tensors.append(value)
+            tensors.append(spec.narrowed(value))
         for name, value in leaves.items():
             self._check_constant(name, value)
         return tensors

@@ -96,7 +96,7 @@ def output_error(x: Tensor, weight: Tensor, dtype: torch.dtype, scale: Tensor | 
     smooth = torch.ones_like(x[0]) if scale is None else scale
     rounded = _rounded(x / smooth, dtype)
     lost, total = x.new_zeros(()), x.new_zeros(())
-    for rows in weight.split(_ROWS_AT_ONCE):
+    for rows in torch.split(weight, _ROWS_AT_ONCE):
         exact = x @ rows.T
         lost += (rounded @ _rounded(rows * smooth, dtype).T - exact).square().sum()
         total += exact.square().sum()
