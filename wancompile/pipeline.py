@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch.utils import _pytree as pytree
 
-from wancompile.errors import LevelError, NumericsError, WancompileError
+from wancompile.errors import InputError, LevelError, NumericsError, WancompileError
 from wancompile.ir import text
 from wancompile.ir.edit import Draft
 from wancompile.ir.levels import Level
@@ -72,7 +72,7 @@ def run(
     _dump(dump, program, "start", before=None)
     for group in _runs(passes):
         checked_on = probe if group[0].exact else None
-        expected = _outputs(program, checked_on) if checked_on else []
+        expected = _expected(program, checked_on) if checked_on else []
         for one in group:
             program = _apply(program, one, dump, consume)
         if checked_on:
@@ -121,6 +121,14 @@ def _apply(program: Program, one: Pass, dump: Path | None, consume: bool) -> Pro
     log.debug("%s: %d done, %d skipped", one.name, len(record.done), len(record.skipped))
     _dump(dump, result, one.name, before=program)
     return result
+
+
+def _expected(program: Program, probe: Probe) -> list[torch.Tensor]:
+    """Return the outputs before any rewrite: where there are none, it is the inputs' fault."""
+    try:
+        return _outputs(program, probe)
+    except RuntimeError as error:
+        raise InputError(f"the model cannot run on the example inputs: {error}") from error
 
 
 def _compare(
