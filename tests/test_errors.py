@@ -308,12 +308,6 @@ def test_an_error_in_a_callable_leaves_a_real_model_as_it_was():
     assert snapshot(model) == before
 
 
-def test_a_rule_names_the_nearest_misses_of_a_real_model():
-    model, kwargs = zoo.make("t2v", 1)
-    with pytest.raises(RecipeError, match=r"nearest are .*blocks\.0\.attn1\.to_q"):
-        wancompile.compile(model, [kwargs], recipe=rule("block.*.attn1.to_q"))
-
-
 def test_an_error_lists_what_is_known():
     error = WancompileError("it broke", site="a.b", source="f.py, line 3", pass_name="smooth")
     assert str(error) == "it broke\n  site: a.b\n  source: f.py, line 3\n  pass: smooth"

@@ -16,10 +16,10 @@ import diffusers, torch
 import wancompile
 
 
-def build(layers):
+def build(layers, heads, ffn):
     model = diffusers.WanTransformer3DModel(
-        num_attention_heads=12, attention_head_dim=128, in_channels=4, out_channels=4, text_dim=32,
-        freq_dim=32, ffn_dim=6144, num_layers=layers, rope_max_seq_len=32,
+        num_attention_heads=heads, attention_head_dim=128, in_channels=4, out_channels=4,
+        text_dim=32, freq_dim=32, ffn_dim=ffn, num_layers=layers, rope_max_seq_len=32,
     )
     return model.to(torch.bfloat16).eval()
 
@@ -56,8 +56,8 @@ class Peak(threading.Thread):
 
 
 # Whatever is loaded on first use is loaded before the baseline.
-wancompile.compile(build(1), [call()])
-model = build(3)
+wancompile.compile(build(layers=1, heads=1, ffn=64), [call()])
+model = build(layers=3, heads=12, ffn=6144)
 original, layer = bytes_of(model), bytes_of(model.blocks[0])
 base = resident() - original
 peak = Peak(daemon=True)
