@@ -24,6 +24,7 @@ from wancompile.passes.raise_stores import RaiseStores
 from wancompile.passes.resolve_slices import ResolveSlices
 from wancompile.passes.share_common import ShareCommon
 from wancompile.passes.smooth import Smooth
+from wancompile.passes.split_heads import SplitHeads
 from wancompile.pipeline import Pass
 from wancompile.quant.stats import Stats
 from wancompile.recipe import Recipe
@@ -41,6 +42,7 @@ NORMALIZE: tuple[Pass, ...] = (
     RaiseNorms(),
     RaiseGelu(),
     RaiseAttention(),
+    SplitHeads(),
     NameSites(),
     DetectAttention(),
     DetectMlp(),

@@ -38,11 +38,15 @@ class Taste:
         split: a block finds the image states by their number (`count`, of the model's input), or
             by a literal number of text states at the end (`fixed`).
         long_gelu: GELU by the formula with tanh, not by F.gelu.
+        words_first: text states lie before image states, not after them.
+        sum_photo_first: what was seen is the left operand of the sum, what was heard the right.
     """
 
     style: Style = "matmul"
     split: Split = "count"
     long_gelu: bool = False
+    words_first: bool = False
+    sum_photo_first: bool = False
 
 
 @dataclass(frozen=True)
@@ -106,7 +110,7 @@ class Loom(nn.Module):
         if photo is not None:
             seen = self.lens(photo)
             glimpses = seen.shape[1]
-            words = torch.cat((seen, words), 1)
+            words = torch.cat((words, seen) if self.taste.words_first else (seen, words), 1)
 
         for shuttle in self.heddles:
             cloth = shuttle(winds, turn, cloth, words, glimpses)
@@ -234,9 +238,13 @@ class Estuary(nn.Module):
         if not self.with_photo:
             return self._leave(self._hear(otter, words))
         seen, said = self._part(words, glimpses)
-        return self._leave(self._hear(otter, said) + self._see(otter, seen))
+        heard, looked = self._hear(otter, said), self._see(otter, seen)
+        return self._leave(looked + heard if self.taste.sum_photo_first else heard + looked)
 
     def _part(self, words: Tensor, glimpses: int) -> tuple[Tensor, Tensor]:
+        if self.taste.words_first:
+            count = 512 if self.taste.split == "fixed" else words.shape[1] - glimpses
+            return words[:, count:], words[:, :count]
         if self.taste.split == "fixed":
             return words[:, :-512], words[:, -512:]
         return words.narrow(1, 0, glimpses), words[:, glimpses:]

@@ -65,6 +65,17 @@ def counts(program: Program) -> dict[str, int]:
     return text.op_counts(program.graph)
 
 
+def table(program: Program) -> str:
+    """Return the groups and what is in none as text, one line each."""
+    groups = [
+        f"{group.role}: {', '.join(group.members)} | reads {group.source} | 1/s in {group.fold}"
+        + (f": {group.fold_reason}" if group.fold_reason else "")
+        for group in program.groups
+    ]
+    rest = [f"no group: {one.site}: {one.reason}" for one in program.ungrouped]
+    return "\n".join([*groups, *rest]) + "\n"
+
+
 def error(
     program: Program, fn: Callable[..., Any], x: torch.Tensor, **tensors: torch.Tensor
 ) -> float:

@@ -49,6 +49,8 @@ def read(producer: Any) -> Modulation | None:
     normed = match.either(product, _is_plain_norm)
     if normed is None or not match.is_tensor(normed[1]):
         return None
+    if product is shift or normed[0] is normed[1]:
+        return None
     return Modulation(product, total, normed[0], normed[1], shift)
 
 

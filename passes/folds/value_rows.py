@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import combinations, pairwise
 from typing import Any
 
 import torch
@@ -26,6 +27,9 @@ from wancompile.ir import match
 from wancompile.ir.edit import Draft
 
 aten = torch.ops.aten
+
+# Sums that branch again and again have exponentially many paths; real models have one or two.
+_MOST_PATHS = 16
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,7 @@ def find(producer: Node, members: set[Node]) -> ValueRows | str:
     if paths is None:
         return "the producer is not made of attention outputs alone"
     on_path = {node for path in paths for node in path} | members
+    width = int(match.shape(producer)[-1])
     projections = []
     for path in paths:
         linear = path[-1]
@@ -60,11 +65,21 @@ def find(producer: Node, members: set[Node]) -> ValueRows | str:
             return axis
         if axis.dims != (match.rank(producer) - 1,):
             return "the channels do not arrive as the last dimension"
-        width = int(match.shape(producer)[-1])
         if _rows_read_elsewhere(linear, axis.offset, width, on_path):
             return f"{linear.name} is also read elsewhere"
         projections.append((linear, axis.offset))
-    return ValueRows(tuple(projections))
+    # Two attentions may read the same value rows, which are then scaled once.
+    unique = tuple(dict.fromkeys(projections))
+    if _overlap(unique, width):
+        return "two value projections share some rows"
+    return ValueRows(unique)
+
+
+def _overlap(projections: Sequence[tuple[Node, int]], width: int) -> bool:
+    return any(
+        a is b and abs(first - second) < width
+        for (a, first), (b, second) in combinations(projections, 2)
+    )
 
 
 def _paths_to_projections(producer: Node) -> list[list[Node]] | None:
@@ -72,6 +87,8 @@ def _paths_to_projections(producer: Node) -> list[list[Node]] | None:
     paths: list[list[Node]] = []
     todo: list[list[Node]] = [[producer]]
     while todo:
+        if len(paths) + len(todo) > _MOST_PATHS:
+            return None
         path = todo.pop()
         node = path[-1]
         parents = _value_operands(node)
@@ -92,7 +109,9 @@ def _value_operands(node: Node) -> list[Node] | None:
     if match.is_attention(node):
         return [match.args(node)[2]]
     if match.is_op(node, aten.add.Tensor):
-        return [parent for parent in node.all_input_nodes if match.is_tensor(parent)]
+        # A number that is added would have to be divided by s as well.
+        both = match.operands(node)
+        return list(both) if all(map(match.is_tensor, both)) else None
     if match.is_op(node, *match.LAYOUT_OPS, *match.CAST_OPS, aten.slice.Tensor):
         return [match.args(node)[0]]
     return None
@@ -101,19 +120,22 @@ def _value_operands(node: Node) -> list[Node] | None:
 def _follow(path: Sequence[Node]) -> _Axis | str:
     """Follow the channel axis from a linear's output along `path`."""
     axis = _Axis((match.rank(path[0]) - 1,))
-    for node in path[1:]:
-        following = _step(axis, node)
+    for before, node in pairwise(path):
+        following = _step(axis, before, node)
         if following is None:
             return f"the channels cannot be followed through {match.target_name(node)}"
         axis = following
     return axis
 
 
-def _step(axis: _Axis, node: Node) -> _Axis | None:
+def _step(axis: _Axis, before: Node, node: Node) -> _Axis | None:
     if match.is_op(node, *match.CAST_OPS, aten.add.Tensor):
-        return axis
+        return axis if _spans_alike(axis, before, node) else None
     if match.is_attention(node):
-        return axis if match.rank(node) - 2 not in axis.dims else None
+        over_tokens = match.rank(node) - 2 in axis.dims
+        # Readers of 1/s as [heads, head size] count on the channels of a head being neighbours.
+        by_head = list(axis.dims) == sorted(axis.dims)
+        return axis if by_head and not over_tokens and _spans_alike(axis, before, node) else None
     if match.is_op(node, aten.permute.default):
         order = [match.dim_of(dim, match.rank(node)) for dim in match.args(node)[1]]
         return _Axis(tuple(order.index(dim) for dim in axis.dims), axis.offset)
@@ -122,6 +144,13 @@ def _step(axis: _Axis, node: Node) -> _Axis | None:
     if match.is_op(node, aten.slice.Tensor):
         return _through_slice(axis, node)
     return None
+
+
+def _spans_alike(axis: _Axis, before: Node, after: Node) -> bool:
+    """Whether the axis is as wide after a call as before it: nothing was broadcast along it."""
+    return match.rank(before) == match.rank(after) and all(
+        match.same(match.shape(before)[dim], match.shape(after)[dim]) for dim in axis.dims
+    )
 
 
 def _through_reshape(axis: _Axis, node: Node) -> _Axis | None:
@@ -155,7 +184,7 @@ def _rows_read_elsewhere(linear: Node, offset: int, width: int, on_path: set[Nod
     for reader in match.readers(linear):
         if reader in on_path:
             continue
-        axis = _step(_Axis((match.rank(linear) - 1,)), reader)
+        axis = _step(_Axis((match.rank(linear) - 1,)), linear, reader)
         if not match.is_op(reader, aten.slice.Tensor) or axis is None:
             return True
         size = match.shape(reader)[-1]
