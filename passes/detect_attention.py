@@ -68,10 +68,7 @@ class DetectAttention:
             if (read := _read(draft, node))
         ]
         if not reads:
-            raise DetectionError(
-                "the model holds no attention whose projections can be proved, "
-                "so there is nothing to quantize"
-            )
+            raise _nothing_found(draft)
         groups: list[Group] = []
         attentions: list[Attention] = []
         for cluster in _clusters(reads):
@@ -83,6 +80,25 @@ class DetectAttention:
 
 
 _ATTENTIONS = (aten.scaled_dot_product_attention.default,)
+
+
+def _nothing_found(draft: Draft) -> DetectionError:
+    """Say what came nearest: an attention that was refused, or else a softmax."""
+    reason = (
+        "the model holds no attention whose projections can be proved, "
+        "so there is nothing to quantize"
+    )
+    if draft.skipped:
+        note = draft.skipped[0]
+        return DetectionError(f"{reason}: {note.text}", site=note.site, source=note.source)
+    softmax = next(iter(match.nodes_of(draft.graph, *match.SOFTMAX_OPS)), None)
+    if softmax is None:
+        return DetectionError(reason)
+    return DetectionError(
+        f"{reason}: there is a softmax, but what surrounds it is not raised to an attention",
+        site=match.module_path(softmax) or None,
+        source=match.source_line(softmax),
+    )
 
 
 def _read(draft: Draft, node: Node) -> _Read | None:

@@ -55,8 +55,9 @@ class DetectMlp:
         order = {site: index for index, site in enumerate(match.by_site(draft.graph))}
         in_order = sorted(groups, key=lambda group: order[group.key])
         draft.groups = tuple(_with_producers(in_order, match.by_site(draft.graph)))
+        projects = {site: one.site for one in draft.attentions for site in (one.q, one.k, one.v)}
         draft.ungrouped = tuple(
-            Ungrouped(site, _reason(flow, node))
+            Ungrouped(site, _reason(flow, node, projects.get(site)))
             for site, node in match.by_site(draft.graph).items()
             if match.is_float_linear(node) and site not in taken
         )
@@ -100,7 +101,9 @@ def _follows(flow: Dataflow, node: Node) -> bool:
     return match.args(node)[0] in flow.follows_attention
 
 
-def _reason(flow: Dataflow, node: Node) -> str:
+def _reason(flow: Dataflow, node: Node, attention: Site | None) -> str:
+    if attention is not None:
+        return f"projects an operand of {attention}, but shares its input with no other projection"
     if _follows(flow, node):
         return "reads the video stream, but is no projection of an attention and no part of an MLP"
     names = sorted(source.name for source in flow.inputs[node])

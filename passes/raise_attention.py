@@ -25,7 +25,6 @@ from wancompile.ir.levels import Level
 aten = torch.ops.aten
 
 _PRODUCTS = (aten.matmul.default, aten.bmm.default)
-_SOFTMAXES = (aten.softmax.int, aten._softmax.default)
 
 
 @dataclass(frozen=True)
@@ -46,8 +45,9 @@ class RaiseAttention:
 
     def apply(self, draft: Draft) -> None:
         """Try every softmax; say why one is not an attention."""
-        for softmax in match.nodes_of(draft.graph, *_SOFTMAXES):
+        for softmax in match.nodes_of(draft.graph, *match.SOFTMAX_OPS):
             if match.dim_of(match.args(softmax)[1], match.rank(softmax)) != match.rank(softmax) - 1:
+                draft.skip(softmax, "it is not over the last dimension", softmax)
                 continue
             scores = _scores(match.args(softmax)[0])
             if scores is None:
@@ -65,12 +65,23 @@ def _scores(node: Any) -> _Scores | None:
     while isinstance(node, Node):
         if match.is_op(node, *_PRODUCTS):
             return _Scores(match.args(node)[0], match.args(node)[1], scale)
+        if match.is_op(node, aten.baddbmm.default):
+            return _scores_without_addend(node, scale)
         step = _scalar_step(node)
         if step is None:
             return None
         node, factor = step
         scale *= factor
     return None
+
+
+def _scores_without_addend(node: Node, scale: float) -> _Scores | None:
+    """`baddbmm(_, q, k^T, beta=0, alpha=c)` ignores its first operand."""
+    if match.constant_number(match.arg(node, 3, "beta", 1)) != 0:
+        return None
+    factor = match.constant_number(match.arg(node, 4, "alpha", 1))
+    _, q, k_transposed = match.args(node)[:3]
+    return None if factor is None else _Scores(q, k_transposed, scale * factor)
 
 
 def _scalar_step(node: Node) -> tuple[Any, float] | None:

@@ -2,7 +2,9 @@
 
 Law: for subscripts without repeats inside an operand, `einsum("...,...->...", a, b)` is
 `matmul(permute(a), permute(b))` with the shared kept letters as batch, the shared dropped letters
-as the contracted dimension and the rest as rows and columns, permuted to the output's order.
+as the contracted dimension and the rest as rows and columns, permuted to the output's order. The
+operand whose letter comes first in the output gives the rows; an ellipsis stands for the same
+leading letters in every term.
 
     before                                          after
     %s = einsum("bqhd,bkhd->bhqk", [%q, %k])        %a = permute(%q, [0, 2, 1, 3])
@@ -12,6 +14,8 @@ as the contracted dimension and the rest as rows and columns, permuted to the ou
 
 from __future__ import annotations
 
+import string
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -27,11 +31,15 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class _Letters:
-    """The letters of an einsum by what happens to them; one row, one column, one inner letter."""
+    """The letters of an einsum by what happens to them; one row, one column, one inner letter.
+
+    `left` are those of the operand that gives the rows, the second one where `swapped`.
+    """
 
     left: str
     right: str
     output: str
+    swapped: bool
     batch: str
     row: str
     column: str
@@ -58,12 +66,11 @@ class RaiseEinsum:
 
 
 def _letters(node: Node) -> _Letters | None:
-    equation = str(match.args(node)[0]).replace(" ", "")
     operands: Any = match.args(node)[1]
-    if "->" not in equation or "." in equation or len(operands) != 2:
+    terms = _terms(str(match.args(node)[0]), operands)
+    if terms is None:
         return None
-    inputs, output = equation.split("->")
-    left, right = inputs.split(",")
+    left, right, output = terms
     if any(len(set(term)) != len(term) for term in (left, right, output)):
         return None
     batch = "".join(c for c in output if c in left and c in right)
@@ -73,11 +80,34 @@ def _letters(node: Node) -> _Letters | None:
     used = set(batch + row + column + inner)
     if len(row) != 1 or len(column) != 1 or len(inner) != 1 or used != set(left + right + output):
         return None
-    return _Letters(left, right, output, batch, row, column, inner)
+    if output.index(column) < output.index(row):
+        return _Letters(right, left, output, True, batch, column, row, inner)
+    return _Letters(left, right, output, False, batch, row, column, inner)
+
+
+def _terms(equation: str, operands: Sequence[Node]) -> tuple[str, str, str] | None:
+    """Return the letters of two operands and of the output, ellipses written as letters."""
+    if "->" not in equation or len(operands) != 2:
+        return None
+    inputs, output = equation.replace(" ", "").split("->")
+    left, right = inputs.split(",")
+    if "." not in equation:
+        return left, right, output
+    if not all(term.startswith("...") for term in (left, right, output)):
+        return None
+    hidden = {
+        match.rank(operand) - (len(term) - 3)
+        for operand, term in zip(operands, (left, right), strict=True)
+    }
+    if len(hidden) != 1:
+        return None
+    free = [letter for letter in string.ascii_letters if letter not in equation]
+    leading = "".join(free[: hidden.pop()])
+    return leading + left[3:], leading + right[3:], leading + output[3:]
 
 
 def _rewrite(draft: Draft, node: Node, letters: _Letters) -> None:
-    a, b = match.args(node)[1]
+    a, b = match.args(node)[1][:: -1 if letters.swapped else 1]
     a = _permuted(draft, node, a, letters.left, letters.batch + letters.row + letters.inner)
     b = _permuted(draft, node, b, letters.right, letters.batch + letters.inner + letters.column)
     product = draft.call(aten.matmul.default, a, b, before=node, like=node)

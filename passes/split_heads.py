@@ -90,4 +90,8 @@ def _rewrite(draft: Draft, node: Node, operands: Sequence[Node | None]) -> None:
     draft.did(node, "batch and heads are two dimensions again")
     for reader in match.readers(node):
         draft.replace(reader, whole)
+    for size in list(node.users):
+        # Sizes of the merged result are those of the merged query, but for the head size of v.
+        last = match.args(size)[1] in (2, -1)
+        draft.redirect(size, node, match.args(node)[2 if last else 0])
     draft.graph.erase_node(node)

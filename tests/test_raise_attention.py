@@ -75,3 +75,32 @@ def test_what_is_no_plain_attention_stays(fn):
 def test_the_reason_for_staying_is_given():
     program = normalized(masked, X, RaiseAttention(), w=W)
     assert "not a plain, scaled product" in program.records[-1].skipped[0].text
+
+
+def baddbmm_without_addend(self, x):
+    q, k, v = (t.flatten(0, 1) for t in heads(self, x))
+    nothing = torch.empty(q.shape[0], q.shape[1], k.shape[1], dtype=q.dtype)
+    scores = torch.baddbmm(nothing, q, k.mT, beta=0, alpha=0.25) * 2
+    return torch.bmm(torch.softmax(scores, -1), v)
+
+
+def test_a_product_that_ignores_its_addend():
+    program = normalized(baddbmm_without_addend, X, RaiseAttention(), w=W)
+    assert "scaled_dot_product_attention" in counts(program)
+    assert error(program, baddbmm_without_addend, torch.randn(3, 7, 12), w=W) < 1e-5
+
+
+def with_addend(self, x):
+    q, k, v = (t.flatten(0, 1) for t in heads(self, x))
+    scores = torch.baddbmm(torch.ones(1, 1, k.shape[1]), q, k.mT, alpha=0.25)
+    return torch.bmm(torch.softmax(scores, -1), v)
+
+
+def test_an_addend_is_kept():
+    program = normalized(with_addend, X, RaiseAttention(), w=W)
+    assert "scaled_dot_product_attention" not in counts(program)
+
+
+def test_a_softmax_over_queries_is_reported():
+    program = normalized(softmax_over_queries, X, RaiseAttention(), w=W)
+    assert program.records[-1].skipped[0].text == "it is not over the last dimension"

@@ -4,8 +4,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kit import counts, error, exported, normalized, run_pass
+from kit import Function, counts, error, exported, normalized, run_pass
 
+from wancompile.export import export
 from wancompile.passes import RaiseEinsum
 
 
@@ -33,10 +34,6 @@ def test_any_order_of_letters(left, right, output):
         return torch.einsum(equation, x.reshape([sizes[letter] for letter in left]), self.w)
 
     x = torch.randn(12, 3, 4)
-    from kit import Function
-
-    from wancompile.export import export
-
     program = run_pass(export(Function(fn, w=other), [{"x": x}], dynamic=False), RaiseEinsum())
     assert "einsum" not in counts(program)
     assert error(program, fn, x, w=other) < 1e-5
@@ -54,3 +51,40 @@ def test_what_is_no_batched_matmul(equation):
     program = run_pass(exported(fn, x, w=w), RaiseEinsum())
     assert counts(program).get("einsum", 0) == 1
     assert program.records[-1].skipped
+
+
+@pytest.mark.parametrize("equation", ["...qd,...kd->...qk", "...qd,...dk->...kq"])
+@pytest.mark.parametrize("leading", [(), (2,), (2, 3)])
+def test_ellipses_are_letters(equation, leading):
+    other = torch.randn(*leading, 4, 4)
+
+    def fn(self, x):
+        return torch.einsum(equation, x, self.w)
+
+    x = torch.randn(*leading, 5, 4)
+    program = run_pass(export(Function(fn, w=other), [{"x": x}], dynamic=False), RaiseEinsum())
+    assert "einsum" not in counts(program)
+    assert error(program, fn, x, w=other) < 1e-6
+
+
+@pytest.mark.parametrize(
+    "equation", ["...qd,kd->...qk", "...qd,...kd->...qk", "q...d,...kd->...qk"]
+)
+def test_ellipses_of_different_length_stay(equation):
+    def fn(self, x):
+        return torch.einsum(equation, x, self.w)
+
+    x, w = torch.randn(1, 3, 4), torch.randn(5, 4)
+    program = run_pass(export(Function(fn, w=w), [{"x": x}], dynamic=False), RaiseEinsum())
+    assert counts(program)["einsum"] == 1
+    assert "not one batched matmul" in program.records[-1].skipped[0].text
+
+
+def test_the_operand_that_gives_the_rows_may_be_the_second():
+    def fn(self, x):
+        return torch.einsum("bkc,bqc->bqk", x * self.w, x)
+
+    x, w = torch.randn(2, 5, 6), torch.ones(6)
+    program = run_pass(exported(fn, x, w=w), RaiseEinsum())
+    assert counts(program)["permute"] == 1  # of the keys; the result needs none
+    assert error(program, fn, x, w=w) < 1e-6

@@ -27,6 +27,7 @@ LAYOUT_OPS = frozenset(
     }
 )
 CAST_OPS = frozenset({aten.to.dtype})
+SOFTMAX_OPS = frozenset({aten.softmax.int, aten._softmax.default})
 
 # Frames of torch itself say nothing about the model's source.
 _LIBRARY_FRAMES = ("/torch/nn/", "/torch/_", "/torch/functional.py")
