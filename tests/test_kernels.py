@@ -10,6 +10,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from wancompile import kernels, ops
 from wancompile.kernels import KERNELS, base, choose, torch_attention, torch_linear
+from wancompile.kernels.triton_linear import LINEAR_TRITON
 from wancompile.ops import linear
 from wancompile.quant.numerics import FP8, INT8
 
@@ -17,6 +18,8 @@ CUDA = torch.device("cuda")
 CPU = torch.device("cpu")
 LINEAR = torch.ops.wancompile.scaled_linear.default
 ATTENTION = torch.ops.wancompile.scaled_attention.default
+PER_TOKEN = torch.ops.wancompile.quantize_per_token.default
+PER_HEAD = torch.ops.wancompile.quantize_per_head.default
 
 
 def linear_args(dtype: torch.dtype, k: int = 64, n: int = 32, m: int = 5) -> tuple:
@@ -27,34 +30,104 @@ def linear_args(dtype: torch.dtype, k: int = 64, n: int = 32, m: int = 5) -> tup
     return x, empty(m, 1), w, empty(n, 1), None, torch.bfloat16
 
 
-def attention_args(head_size: int = 64) -> tuple:
+def attention_args(
+    head_size: int = 64, softmax_scale: float = 0.1, out_dtype: torch.dtype = torch.bfloat16
+) -> tuple:
     q = torch.empty(1, 2, 3, head_size, dtype=INT8, device="meta")
     v, scale = q.to(FP8), torch.empty(2, device="meta")
-    return q, q, v, scale, scale, scale, 0.1, torch.bfloat16
+    return q, q, v, scale, scale, scale, softmax_scale, out_dtype
+
+
+def quantize_args(dtype: torch.dtype, k: int = 64) -> tuple:
+    return torch.empty(1, 2, 3, k, device="meta"), None, dtype
+
+
+def with_float64_bias(args: tuple) -> tuple:
+    return *args[:4], torch.empty(args[2].shape[0], dtype=torch.float64, device="meta"), args[5]
 
 
 @pytest.fixture
 def hopper(monkeypatch):
-    monkeypatch.setattr(base, "capability", lambda device: (9, 0))
+    give(monkeypatch, (9, 0))
 
 
-def give(monkeypatch, capability):
+def give(monkeypatch, capability, reason_against_triton=None):
     monkeypatch.setattr(base, "capability", lambda device: capability)
+    monkeypatch.setattr(base, "lacks_triton", lambda: reason_against_triton)
 
 
-@pytest.mark.usefixtures("hopper")
 @pytest.mark.parametrize(
-    ("op", "args", "name"),
+    ("capability", "op", "args", "name"),
     [
-        (LINEAR, linear_args(FP8), "fp8_linear_scaled_mm"),
-        (LINEAR, linear_args(INT8, k=72, n=8), "int8_linear_int_mm"),
-        (ATTENTION, attention_args(), "attention_dequantize_sdpa"),
+        ((9, 0), LINEAR, linear_args(FP8), "linear_triton"),
+        ((9, 0), LINEAR, linear_args(INT8), "linear_triton"),
+        ((9, 0), LINEAR, with_float64_bias(linear_args(FP8)), "fp8_linear_scaled_mm"),
+        ((8, 9), LINEAR, linear_args(FP8), "fp8_linear_scaled_mm"),
+        ((10, 0), LINEAR, linear_args(FP8), "fp8_linear_scaled_mm"),
+        ((9, 0), LINEAR, linear_args(INT8, k=72, n=8), "int8_linear_int_mm"),
+        ((8, 0), LINEAR, linear_args(INT8), "int8_linear_int_mm"),
+        ((9, 0), ATTENTION, attention_args(), "attention_triton"),
+        ((9, 0), ATTENTION, attention_args(128), "attention_triton"),
+        ((9, 0), ATTENTION, attention_args(80), "attention_dequantize_sdpa"),
+        ((8, 9), ATTENTION, attention_args(), "attention_dequantize_sdpa"),
+        ((8, 0), PER_TOKEN, quantize_args(INT8), "quantize_per_token_triton"),
+        ((8, 9), PER_TOKEN, quantize_args(FP8, 16384), "quantize_per_token_triton"),
+        ((8, 0), PER_HEAD, quantize_args(INT8), "quantize_per_head_triton"),
+        ((8, 9), PER_HEAD, quantize_args(FP8), "quantize_per_head_triton"),
     ],
 )
-def test_hopper_gets_a_kernel(op, args, name):
+def test_a_gpu_gets_a_kernel(monkeypatch, capability, op, args, name):
+    give(monkeypatch, capability)
     kernel, _ = choose(op, CUDA, args)
     assert kernel is not None
     assert kernel.name == name
+
+
+@pytest.mark.parametrize(
+    ("op", "args", "name", "reason"),
+    [
+        (LINEAR, linear_args(FP8, k=72), "linear_triton", "K=72 is not a multiple of 16"),
+        (LINEAR, linear_args(INT8, n=8), "linear_triton", "N=8 is not a multiple of 16"),
+        (LINEAR, with_float64_bias(linear_args(INT8)), "linear_triton", "bias is torch.float64"),
+        (LINEAR, (*linear_args(INT8)[:5], torch.float64), "linear_triton", "output is torch.float"),
+        (ATTENTION, attention_args(16), "attention_triton", "head size of 64 or 128, not 16"),
+        (ATTENTION, attention_args(64, 0.0), "attention_triton", "positive softmax scale, not 0"),
+        (ATTENTION, attention_args(64, 1.0, torch.float64), "attention_triton", "output is torch"),
+        (PER_TOKEN, quantize_args(INT8, 16385), "quantize_per_token_triton", "more than 16384"),
+        (PER_HEAD, quantize_args(INT8, 512), "quantize_per_head_triton", "more than 256"),
+    ],
+)
+@pytest.mark.usefixtures("hopper")
+def test_a_triton_kernel_says_why_it_leaves_a_node_to_others(op, args, name, reason):
+    kernel, refusals = choose(op, CUDA, args)
+    assert kernel is None or kernel.name != name
+    assert reason in dict(refusals)[name]
+
+
+@pytest.mark.parametrize(
+    ("capability", "name", "op", "args", "reason"),
+    [
+        ((8, 9), "linear_triton", LINEAR, linear_args(INT8), "needs compute capability 9.0"),
+        ((10, 0), "linear_triton", LINEAR, linear_args(INT8), "is made for compute capability 9.0"),
+        ((8, 0), "attention_triton", ATTENTION, attention_args(), "needs compute capability 9.0"),
+        ((8, 6), "quantize_per_head_triton", PER_HEAD, quantize_args(FP8), "capability 8.9"),
+        ((7, 5), "quantize_per_head_triton", PER_HEAD, quantize_args(INT8), "capability 8.0"),
+    ],
+)
+def test_a_triton_kernel_names_the_device_it_needs(monkeypatch, capability, name, op, args, reason):
+    give(monkeypatch, capability)
+    assert reason in dict(choose(op, CUDA, args)[1])[name]
+
+
+@pytest.mark.parametrize(
+    ("op", "args"),
+    [(LINEAR, linear_args(INT8)), (ATTENTION, attention_args()), (PER_TOKEN, quantize_args(INT8))],
+)
+def test_without_triton_the_other_kernels_stay(monkeypatch, op, args):
+    give(monkeypatch, (9, 0), "the package triton is missing")
+    kernel, refusals = choose(op, CUDA, args)
+    assert kernel is None or "triton" not in kernel.name
+    assert "the package triton is missing" in dict(refusals).values()
 
 
 @pytest.mark.parametrize(
@@ -80,11 +153,17 @@ def test_a_kernel_that_does_not_fit_says_why(monkeypatch, capability, op, args, 
 
 def test_a_cpu_keeps_the_plain_bodies():
     assert base.capability(CPU) is None
-    for op, args in [(LINEAR, linear_args(FP8)), (ATTENTION, attention_args())]:
+    for op, args in [
+        (LINEAR, linear_args(FP8)),
+        (ATTENTION, attention_args()),
+        (PER_TOKEN, quantize_args(INT8)),
+        (PER_HEAD, quantize_args(FP8)),
+    ]:
         kernel, refusals = choose(op, CPU, args)
         assert kernel is None
+        assert refusals
         assert all(reason == "needs a CUDA device, not cpu" for _, reason in refusals)
-    no_kernels = choose(torch.ops.wancompile.quantize_per_head.default, CPU, ())
+    no_kernels = choose(torch.ops.wancompile.observe_heads.default, CPU, ())
     assert no_kernels == (None, [])
 
 
@@ -104,9 +183,9 @@ def test_symbolic_tokens_are_no_obstacle_and_symbolic_features_are():
     x = mode.from_tensor(torch.empty(48, 64, dtype=INT8))
     assert not isinstance(x.shape[0], int)
     kernel, _ = choose(LINEAR, CUDA, (x, *rest))
-    assert kernel is torch_linear.INT8_LINEAR_INT_MM
+    assert kernel is LINEAR_TRITON
     rest[1] = mode.from_tensor(torch.empty(40, 64, dtype=INT8))
-    assert dict(choose(LINEAR, CUDA, (x, *rest))[1])["int8_linear_int_mm"] == "K is not static"
+    assert dict(choose(LINEAR, CUDA, (x, *rest))[1])["linear_triton"] == "K is not static"
 
 
 @pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.name)

@@ -46,7 +46,12 @@ def program(dtype: str, width: int = 32):
 
 @pytest.fixture
 def hopper(monkeypatch):
-    monkeypatch.setattr(base, "capability", lambda device: (9, 0))
+    give(monkeypatch, (9, 0))
+
+
+def give(monkeypatch, capability):
+    monkeypatch.setattr(base, "capability", lambda device: capability)
+    monkeypatch.setattr(base, "lacks_triton", lambda: None)
 
 
 def test_a_cpu_keeps_the_plain_bodies(golden):
@@ -68,15 +73,23 @@ def test_plain_bodies_compute_the_same_bits(dtype):
     }
 
 
-@pytest.mark.usefixtures("hopper")
 @pytest.mark.parametrize(
-    ("dtype", "kernel"), [("int8", "int8_linear_int_mm"), ("fp8", "fp8_linear_scaled_mm")]
+    ("capability", "dtype", "kernel"),
+    [
+        ((9, 0), "int8", "linear_triton"),
+        ((9, 0), "fp8", "linear_triton"),
+        ((8, 9), "int8", "int8_linear_int_mm"),
+        ((8, 9), "fp8", "fp8_linear_scaled_mm"),
+    ],
 )
-def test_a_gpu_gets_kernels(dtype, kernel):
+def test_a_gpu_gets_kernels(monkeypatch, capability, dtype, kernel):
+    give(monkeypatch, capability)
     before = program(dtype)
     after = pipeline.run(before, [Lower(CUDA)])
     assert counts(after)[kernel] == 4
     assert counts(after)["attention_dequantize_sdpa"] == 1
+    assert counts(after)["quantize_per_token_triton"] == 2
+    assert counts(after)["quantize_per_head_triton"] == 3
     assert not {"scaled_linear", "scaled_attention"} & set(counts(after))
     assert len(after.graph.nodes) == len(before.graph.nodes)
 
@@ -85,10 +98,10 @@ def test_a_gpu_gets_kernels(dtype, kernel):
 def test_each_op_is_chosen_on_its_own():
     """19 output channels fit no kernel; the other linears keep theirs."""
     after = pipeline.run(program("fp8", width=19), [Lower(CUDA)])
-    assert counts(after)["fp8_linear_scaled_mm"] == 3
+    assert counts(after)["linear_triton"] == 3
     assert counts(after)["scaled_linear"] == 1
     reasons = [note.text for note in after.records[-1].skipped]
-    assert "1 x not fp8_linear_scaled_mm: N=19 is not a multiple of 16" in reasons
+    assert "1 x not linear_triton: N=19 is not a multiple of 16" in reasons
 
 
 @pytest.mark.usefixtures("hopper")

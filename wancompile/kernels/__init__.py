@@ -2,7 +2,9 @@
 
 To add a kernel: write it as a torch.library op in namespace `wancompile_kernels` with the arguments
 and the fake of the op it implements, in a file of its own here; describe it by a `Kernel`; put that
-into `KERNELS` before those it beats; add it to the comparison in tests/gpu/test_kernels_gpu.py.
+into `KERNELS` before those it beats; add it to the comparisons in tests/interpreted/ (if it is
+written in Triton, its `@triton.jit` code belongs in jit/), in tests/gpu/test_kernels_gpu.py, and to
+the timings of benchmarks/kernels.py.
 """
 
 import torch
@@ -11,10 +13,17 @@ from torch._ops import OpOverload
 from wancompile.kernels.base import Kernel
 from wancompile.kernels.torch_attention import ATTENTION_DEQUANTIZE_SDPA
 from wancompile.kernels.torch_linear import FP8_LINEAR_SCALED_MM, INT8_LINEAR_INT_MM
+from wancompile.kernels.triton_attention import ATTENTION_TRITON
+from wancompile.kernels.triton_linear import LINEAR_TRITON
+from wancompile.kernels.triton_quantize import QUANTIZE_PER_HEAD_TRITON, QUANTIZE_PER_TOKEN_TRITON
 
 KERNELS: tuple[Kernel, ...] = (
+    LINEAR_TRITON,
     FP8_LINEAR_SCALED_MM,
     INT8_LINEAR_INT_MM,
+    QUANTIZE_PER_TOKEN_TRITON,
+    QUANTIZE_PER_HEAD_TRITON,
+    ATTENTION_TRITON,
     ATTENTION_DEQUANTIZE_SDPA,
 )
 """Every kernel, in order of priority: the first that supports a node gets it."""

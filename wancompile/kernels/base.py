@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
+
+_FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+_ALIGNMENT = 16
 
 Supports = Callable[[torch.device, tuple[object, ...]], str | None]
 
@@ -44,6 +48,35 @@ def lacks_capability(device: torch.device, least: tuple[int, int]) -> str | None
     if have < least:
         return f"needs compute capability {least[0]}.{least[1]}, not {have[0]}.{have[1]}"
     return None
+
+
+def lacks_triton() -> str | None:
+    """The reason why a kernel written in Triton cannot run, whatever the device."""
+    return None if importlib.util.find_spec("triton") else "the package triton is missing"
+
+
+def lacks_triton_device(device: torch.device, least: tuple[int, int]) -> str | None:
+    """The reason why a Triton kernel that needs compute capability `least` cannot run there."""
+    return lacks_capability(device, least) or lacks_triton()
+
+
+def lacks_hopper(device: torch.device) -> str | None:
+    """The reason why `device` cannot run a kernel that is made for the H100 and its relatives."""
+    have = capability(device)
+    if have is not None and have[0] > 9:
+        return f"is made for compute capability 9.0, not {have[0]}.{have[1]}"
+    return lacks_triton_device(device, (9, 0))
+
+
+def lacks_float(name: str, dtype: torch.dtype) -> str | None:
+    """The reason why a kernel that computes in fp32 does not take or give floats of `dtype`."""
+    return None if dtype in _FLOATS else f"{name} is {dtype}, not a float of 16 or 32 bits"
+
+
+def aligned(tensor: Tensor) -> Tensor:
+    """`tensor`, copied unless it is contiguous and starts where bulk copies may: at 16 bytes."""
+    tensor = tensor.contiguous()
+    return tensor if tensor.data_ptr() % _ALIGNMENT == 0 else tensor.clone()
 
 
 def lacks_dtype(tensor: Tensor, dtype: torch.dtype) -> str | None:

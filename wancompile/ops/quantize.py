@@ -23,7 +23,7 @@ def quantize_per_token(
         `q [..., K]` in `dtype` and `scale [..., 1]` fp32, `scale = absmax(x * inv_smooth) / qmax`,
         so that `q * scale ~ x * inv_smooth`.
     """
-    _check_per_token(x, inv_smooth, dtype)
+    check_per_token(x, inv_smooth, dtype)
     smoothed = x if inv_smooth is None else x.to(torch.float32) * inv_smooth
     scale = absmax_scale(smoothed, -1, dtype)
     return quantize(smoothed, scale, dtype).contiguous(), scale.contiguous()
@@ -33,8 +33,8 @@ def quantize_per_token(
 def fake_quantize_per_token(
     x: Tensor, inv_smooth: Tensor | None, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Shapes and dtypes of `quantize_per_token`."""
-    _check_per_token(x, inv_smooth, dtype)
+    """Shapes and dtypes of `quantize_per_token` and of its kernels."""
+    check_per_token(x, inv_smooth, dtype)
     scale = x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
     return x.new_empty(x.shape, dtype=dtype), scale
 
@@ -51,18 +51,19 @@ def quantize_per_head(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     Returns:
         `[B, H, S, D]` in `dtype`.
     """
-    _check_per_head(x, scale, dtype)
+    check_per_head(x, scale, dtype)
     return quantize(x, scale[:, None, None], dtype).contiguous()
 
 
 @quantize_per_head.register_fake
 def fake_quantize_per_head(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """Shape and dtype of `quantize_per_head`."""
-    _check_per_head(x, scale, dtype)
+    """Shape and dtype of `quantize_per_head` and of its kernels."""
+    check_per_head(x, scale, dtype)
     return x.new_empty(x.shape, dtype=dtype)
 
 
-def _check_per_token(x: Tensor, inv_smooth: Tensor | None, dtype: torch.dtype) -> None:
+def check_per_token(x: Tensor, inv_smooth: Tensor | None, dtype: torch.dtype) -> None:
+    """Raise InputError unless the arguments are those of `quantize_per_token`."""
     fits = x.dim() >= 1 and x.is_floating_point() and is_8bit(dtype)
     if inv_smooth is not None:
         fits = fits and is_scale(inv_smooth, x.shape[-1])
@@ -70,7 +71,8 @@ def _check_per_token(x: Tensor, inv_smooth: Tensor | None, dtype: torch.dtype) -
     require(fits, "quantize_per_token", need, x, inv_smooth, dtype)
 
 
-def _check_per_head(x: Tensor, scale: Tensor, dtype: torch.dtype) -> None:
+def check_per_head(x: Tensor, scale: Tensor, dtype: torch.dtype) -> None:
+    """Raise InputError unless the arguments are those of `quantize_per_head`."""
     fits = x.dim() == 4 and x.is_floating_point() and is_8bit(dtype)
     fits = fits and is_scale(scale, x.shape[1])
     need = "x float[B, H, S, D], scale float32[H], dtype int8 or float8_e4m3fn"

@@ -1,0 +1,63 @@
+"""`scaled_linear` through one Triton kernel for both 8-bit types."""
+
+import torch
+from torch import Tensor
+
+from wancompile.kernels.base import Kernel, aligned, lacks_float, lacks_hopper, lacks_multiple
+from wancompile.ops.linear import check_scaled_linear, fake_scaled_linear
+
+
+@torch.library.custom_op("wancompile_kernels::linear_triton", mutates_args=())
+def linear_triton(
+    x: Tensor,
+    x_scale: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """`scaled_linear` in one pass: the sums never leave the chip before they are scaled.
+
+    int8 is the plain body bit for bit. For e4m3 Hopper's tensor cores keep fewer bits of the
+    running sum than fp32 has, as `torch._scaled_mm` with fast accumulation does.
+    """
+    check_scaled_linear(x, x_scale, weight, weight_scale, bias, out_dtype)
+    rows = x.reshape(-1, x.shape[-1])
+    out = x.new_empty((rows.shape[0], weight.shape[0]), dtype=out_dtype)
+    if out.numel():
+        from wancompile.kernels.jit import linear
+
+        linear.launch(
+            aligned(rows),
+            x_scale.contiguous(),
+            aligned(weight),
+            weight_scale.contiguous(),
+            None if bias is None else bias.contiguous(),
+            out,
+        )
+    return out.view(*x.shape[:-1], weight.shape[0])
+
+
+linear_triton.register_fake(fake_scaled_linear)
+
+
+def _supports(device: torch.device, args: tuple[object, ...]) -> str | None:
+    weight, bias, out_dtype = args[2], args[4], args[5]
+    assert isinstance(weight, Tensor)
+    assert isinstance(out_dtype, torch.dtype)
+    out_features, in_features = weight.shape
+    return (
+        lacks_hopper(device)
+        or lacks_multiple("K", in_features, 16)
+        or lacks_multiple("N", out_features, 16)
+        or (lacks_float("the bias", bias.dtype) if isinstance(bias, Tensor) else None)
+        or lacks_float("the output", out_dtype)
+    )
+
+
+LINEAR_TRITON = Kernel(
+    "linear_triton",
+    torch.ops.wancompile.scaled_linear.default,
+    torch.ops.wancompile_kernels.linear_triton.default,
+    _supports,
+)
