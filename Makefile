@@ -1,20 +1,25 @@
-.PHONY: check format test test-gpu bench
+.DEFAULT_GOAL := help
+.PHONY: help check format test test-gpu bench
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 check:  ## lint, format, types
 	ruff check .
 	ruff format --check .
 	mypy
 
-format:
+format:  ## fix what ruff can fix
 	ruff check --fix .
 	ruff format .
 
-test:
+test:  ## all tests; those that need a GPU skip themselves
 	pytest
 
-test-gpu:  ## skips with a reason where there is no CUDA device
+test-gpu:  ## the tests of the kernels, on a CUDA device
 	pytest tests/gpu
 
-bench:  ## figures of the README, as JSON under benchmarks/results
+bench:  ## the figures of the README, as JSON
 	python -m benchmarks.planning
 	python -m benchmarks.smoothing
+	python -m benchmarks.recognition
