@@ -42,7 +42,7 @@ def read(producer: Any) -> Modulation | None:
     total = match.strip(producer)
     if not match.is_op(total, aten.add.Tensor) or total.kwargs:
         return None
-    pair = match.either(total, lambda operand: match.is_op(operand, aten.mul.Tensor))
+    pair = match.either(total, _is_product_of_norm)
     if pair is None or not match.is_tensor(pair[1]):
         return None
     product, shift = pair
@@ -52,6 +52,10 @@ def read(producer: Any) -> Modulation | None:
     if product is shift or normed[0] is normed[1]:
         return None
     return Modulation(product, total, normed[0], normed[1], shift)
+
+
+def _is_product_of_norm(node: Any) -> bool:
+    return match.is_op(node, aten.mul.Tensor) and match.either(node, _is_plain_norm) is not None
 
 
 def _is_plain_norm(node: Any) -> bool:

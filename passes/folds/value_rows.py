@@ -58,7 +58,7 @@ def find(producer: Node, members: set[Node]) -> ValueRows | str:
     for path in paths:
         linear = path[-1]
         for node in path[:-1]:
-            if any(reader not in on_path for reader in match.readers(node)):
+            if any(not _carries(reader, node, on_path) for reader in match.readers(node)):
                 return f"{node.name} has another reader on the way"
         axis = _follow(list(reversed(path)))
         if isinstance(axis, str):
@@ -80,6 +80,13 @@ def _overlap(projections: Sequence[tuple[Node, int]], width: int) -> bool:
         a is b and abs(first - second) < width
         for (a, first), (b, second) in combinations(projections, 2)
     )
+
+
+def _carries(reader: Node, node: Node, on_path: set[Node]) -> bool:
+    """Whether `reader` takes the values of `node` on towards the producer, and to nothing else."""
+    # An attention on the way may read the same tensor as its query, key or mask too.
+    others = [*match.args(reader)[:2], *match.args(reader)[3:]]
+    return reader in on_path and not (match.is_attention(reader) and node in others)
 
 
 def _paths_to_projections(producer: Node) -> list[list[Node]] | None:
@@ -182,7 +189,7 @@ def _through_slice(axis: _Axis, node: Node) -> _Axis | None:
 def _rows_read_elsewhere(linear: Node, offset: int, width: int, on_path: set[Node]) -> bool:
     """Whether anything off the path reads rows [offset, offset + width) of `linear`."""
     for reader in match.readers(linear):
-        if reader in on_path:
+        if _carries(reader, linear, on_path):
             continue
         axis = _step(_Axis((match.rank(linear) - 1,)), linear, reader)
         if not match.is_op(reader, aten.slice.Tensor) or axis is None:
