@@ -1,0 +1,356 @@
+"""Time every Triton kernel beside its floor and its rivals, at the shapes of Wan 14B, on one H100.
+
+    python -m benchmarks.kernels kernels.json
+
+Each part runs in a process of its own: one that crashes is reported and the rest goes on. Every
+result is first checked on a sample, against the plain body or against float64.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+import triton
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from wancompile import ops
+from wancompile.kernels.jit import attention, linear
+from wancompile.kernels.triton_quantize import quantize_per_head_triton, quantize_per_token_triton
+from wancompile.quant.numerics import FP8, INT8, QMAX
+
+TOKENS = {"480p": 21 * 30 * 52, "720p": 21 * 45 * 80}
+LINEARS = {"5120 -> 5120": (5120, 5120), "up": (5120, 13824), "down": (13824, 5120)}
+HEADS, HEAD_SIZE = 40, 128
+PART_LIMIT_S = 150
+DEVICE = "cuda"
+
+LINEAR_TILES = {
+    "128x256x128 s4": linear.Tile(),
+    "128x256x128 s3 persistent": linear.Tile(stages=3, persistent=True),
+    "128x256x128 s4 persistent": linear.Tile(stages=4, persistent=True),
+    "256x128x128 s4": linear.Tile(m=256, n=128),
+}
+ATTENTION_TILES = {
+    "64x128 w4 s3": attention.Tile(),
+    "64x128 w4 s2": attention.Tile(stages=2),
+    "64x64 w4 s3": attention.Tile(keys=64),
+    "128x128 w8 s3": attention.Tile(queries=128, warps=8),
+}
+
+
+@dataclass
+class Row:
+    """One line of the table; `rate` is in TFLOP/s or GB/s, `error` relative to the reference."""
+
+    part: str
+    shape: str
+    name: str
+    ms: float | None = None
+    spread: float | None = None
+    rate: float | None = None
+    floor: float | None = None
+    error: float | None = None
+    note: str = ""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--part", choices=PARTS)
+    given = parser.parse_args()
+    if given.part is not None:
+        save(given.out, PARTS[given.part]())
+        return
+    started = time.time()
+    rows: list[dict] = []
+    for part in PARTS:
+        rows += run_apart(part)
+    report = {"device": torch.cuda.get_device_name(), "torch": torch.__version__,
+              "triton": triton.__version__, "rows": rows}  # fmt: skip
+    given.out.write_text(json.dumps(report, indent=1))
+    print_table(rows)
+    print(f"{report['device']}, torch {torch.__version__}, triton {triton.__version__}, "
+          f"{time.time() - started:.0f} s")  # fmt: skip
+
+
+def run_apart(part: str) -> list[dict]:
+    """The rows of one part, those before a crash included."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "rows.json"
+        command = [sys.executable, "-m", "benchmarks.kernels", str(out), "--part", part]
+        try:
+            code = subprocess.run(command, timeout=PART_LIMIT_S, check=False).returncode
+            failure = f"exit code {code}" if code else ""
+        except subprocess.TimeoutExpired:
+            failure = f"stopped after {PART_LIMIT_S} s"
+        rows = json.loads(out.read_text()) if out.exists() else []
+    return [*rows, asdict(Row(part, "", "", note=failure))] if failure else rows
+
+
+def save(out: Path, rows: Iterator[Row]) -> None:
+    """Write after each row, so that a crash loses none."""
+    done = []
+    for row in rows:
+        done.append(asdict(row))
+        print(f"{row.part} {row.shape} {row.name}: {row.ms} ms {row.note}", flush=True)
+        out.write_text(json.dumps(done))
+
+
+def measure(row: Row, work: float, run: Callable[[], object], floor_ms: float | None = None) -> Row:
+    """Time `run`, which does `work` operations, or with a floor moves `work` bytes.
+
+    A failure is noted, and so is one noted before: then nothing is timed.
+    """
+    if row.note:
+        return row
+    try:
+        times = triton.testing.do_bench(run, warmup=25, rep=300, return_mode="all")
+    except Exception as error:
+        row.note = failure_of(error)
+        return row
+    row.ms = statistics.median(times)
+    row.spread = (max(times) - min(times)) / row.ms
+    row.rate = work / row.ms / (1e9 if floor_ms is None else 1e6)
+    row.floor = None if floor_ms is None else row.ms / floor_ms
+    return row
+
+
+def checked(row: Row, error: Callable[[], float]) -> Row:
+    """Fill in the error, or the note that says why there is none."""
+    try:
+        row.error = error()
+    except Exception as failure:
+        row.note = failure_of(failure)
+    return row
+
+
+def failure_of(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0][:150]}"
+
+
+def relative(out: Tensor, reference: Tensor) -> float:
+    return float((out.double() - reference.double()).norm() / reference.double().norm())
+
+
+def activations(*shape: int) -> Tensor:
+    """Normal values with a few large channels."""
+    x = torch.randn(shape, device=DEVICE, dtype=torch.bfloat16)
+    x[..., ::64] *= 20
+    return x
+
+
+# ---------------------------------------------------------------- linears
+
+
+def time_linears() -> Iterator[Row]:
+    for resolution, tokens in TOKENS.items():
+        for name, (depth, columns) in LINEARS.items():
+            x = activations(tokens, depth)
+            weight = torch.randn(columns, depth, device=DEVICE, dtype=torch.bfloat16)
+            for dtype in (INT8, FP8):
+                shape = f"{resolution} {name} {label(dtype)}"
+                yield from time_linear(shape, x, weight, dtype)
+            multiply = partial(F.linear, x, weight)
+            row = Row("linear", f"{resolution} {name}", "bf16 torch")
+            yield measure(row, 2 * x.shape[0] * weight.numel(), multiply)
+
+
+def time_linear(shape: str, x: Tensor, weight: Tensor, dtype: torch.dtype) -> Iterator[Row]:
+    q, scale = quantize_per_token_triton(x, None, dtype)
+    w8, weight_scale = quantize_per_token_triton(weight, None, dtype)
+    bias = torch.randn(weight.shape[0], device=DEVICE, dtype=torch.bfloat16)
+    out = torch.empty(x.shape[0], weight.shape[0], device=DEVICE, dtype=torch.bfloat16)
+    work = 2 * x.shape[0] * weight.numel()
+    sample = torch.cat([torch.arange(64), torch.arange(x.shape[0] - 64, x.shape[0])]).to(DEVICE)
+    plain = ops.scaled_linear(q[sample], scale[sample], w8, weight_scale, bias, out.dtype)
+    for name, tile in LINEAR_TILES.items():
+
+        def run(tile: linear.Tile = tile) -> None:
+            linear.launch(q, scale, w8, weight_scale, bias, out, tile)
+
+        def error() -> float:
+            run()
+            return relative(out[sample], plain)
+
+        row = checked(Row("linear", shape, name), error)
+        yield measure(row, work, run)
+    yield measure(Row("linear", shape, "rival"), work, rival_linear(q, scale, w8, weight_scale))
+
+
+def rival_linear(q: Tensor, scale: Tensor, w8: Tensor, weight_scale: Tensor) -> Callable:
+    """`_int_mm`, which leaves int32 sums without scales, or `_scaled_mm` with row-wise scales."""
+    if q.dtype == INT8:
+        return lambda: torch._int_mm(q, w8.t())
+    return lambda: torch._scaled_mm(q, w8.t(), scale_a=scale, scale_b=weight_scale.t(),
+                                    out_dtype=torch.bfloat16, use_fast_accum=True)  # fmt: skip
+
+
+# ---------------------------------------------------------------- attention
+
+
+def time_attention() -> Iterator[Row]:
+    for resolution, tokens in TOKENS.items():
+        q, k, v = (torch.randn(1, HEADS, tokens, HEAD_SIZE, device=DEVICE, dtype=torch.bfloat16)
+                   for _ in range(3))  # fmt: skip
+        work = 4 * HEADS * tokens**2 * HEAD_SIZE
+        for backend in (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION):
+
+            def sdpa(q=q, k=k, v=v, backend=backend) -> Tensor:
+                with sdpa_kernel(backend):
+                    return F.scaled_dot_product_attention(q, k, v)
+
+            yield measure(Row("attention", resolution, f"bf16 {backend.name.lower()}"), work, sdpa)
+        for dtype in (INT8, FP8):
+            yield from time_quantized_attention(resolution, q, k, v, dtype, work)
+
+
+def time_quantized_attention(
+    resolution: str, q: Tensor, k: Tensor, v: Tensor, dtype: torch.dtype, work: float
+) -> Iterator[Row]:
+    types = dtype, dtype, FP8
+    scales = tuple(head_scale(t, to) for t, to in zip((q, k, v), types, strict=True))
+    data = [
+        quantize_per_head_triton(t, s, to)
+        for t, s, to in zip((q, k, v), scales, types, strict=True)
+    ]
+    softmax_scale = HEAD_SIZE**-0.5
+    out = torch.empty_like(q)
+    reference = attention_sample(*data, scales, softmax_scale)
+    for name, tile in ATTENTION_TILES.items():
+
+        def run(tile: attention.Tile = tile) -> None:
+            attention.launch(*data, scales, softmax_scale, out, tile)
+
+        def error() -> float:
+            run()
+            return relative(sampled(out), reference)
+
+        row = checked(Row("attention", f"{resolution} {label(dtype)}", name), error)
+        yield measure(row, work, run)
+
+
+def sampled(x: Tensor) -> Tensor:
+    """The first and the last 40 queries of the first and the last head."""
+    return torch.cat([x[:, [0, -1], :40], x[:, [0, -1], -40:]], 2)
+
+
+def attention_sample(
+    q: Tensor, k: Tensor, v: Tensor, scales: tuple[Tensor, ...], softmax_scale: float
+) -> Tensor:
+    """float64 attention of the sampled queries: what is left is the rounding of P."""
+    ends = [0, -1]
+    qd, kd, vd = (
+        t.double() * s[ends].double()[:, None, None]
+        for t, s in zip((sampled(q), k[:, ends], v[:, ends]), scales, strict=True)
+    )
+    return torch.softmax(qd @ kd.transpose(-1, -2) * softmax_scale, -1) @ vd
+
+
+def head_scale(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x.abs().amax((0, 2, 3)).float() / QMAX[dtype]
+
+
+# ---------------------------------------------------------------- quantising
+
+
+def time_quantize() -> Iterator[Row]:
+    rate = copy_bytes_per_ms()
+    yield Row("quantize", "copy", "torch", rate=rate / 1e6)
+    for resolution, tokens in TOKENS.items():
+        for channels in (5120, 13824):
+            x = activations(tokens, channels)
+            inv_smooth = torch.rand(channels, device=DEVICE) + 0.5
+            for dtype in (INT8, FP8):
+                shape = f"{resolution} {channels} {label(dtype)}"
+                yield time_per_token(Row("quantize", shape, "per token"), x, None, dtype, rate)
+                row = Row("quantize", shape, "per token, smooth")
+                yield time_per_token(row, x, inv_smooth, dtype, rate)
+        x = activations(1, tokens, HEADS, HEAD_SIZE).transpose(1, 2)
+        for dtype in (INT8, FP8):
+            row = Row("quantize", f"{resolution} {label(dtype)}", "per head")
+            yield time_per_head(row, x, dtype, rate)
+        yield time_transpose(Row("quantize", resolution, "transpose v"), x, rate)
+
+
+def time_per_token(
+    row: Row, x: Tensor, smooth: Tensor | None, dtype: torch.dtype, rate: float
+) -> Row:
+    def run() -> tuple[Tensor, Tensor]:
+        return quantize_per_token_triton(x, smooth, dtype)
+
+    cpu_smooth = None if smooth is None else smooth.cpu()
+    sample = ops.quantize_per_token(x[-64:].cpu(), cpu_smooth, dtype)[0]
+    row = checked(row, lambda: differing(run()[0][-64:], sample))
+    return measure(row, 3 * x.numel(), run, 3 * x.numel() / rate)
+
+
+def time_per_head(row: Row, x: Tensor, dtype: torch.dtype, rate: float) -> Row:
+    scale = head_scale(x, dtype)
+
+    def run() -> Tensor:
+        return quantize_per_head_triton(x, scale, dtype)
+
+    sample = ops.quantize_per_head(x[:, :, -64:].cpu(), scale.cpu(), dtype)
+    row = checked(row, lambda: differing(run()[:, :, -64:], sample))
+    return measure(row, 3 * x.numel(), run, 3 * x.numel() / rate)
+
+
+def time_transpose(row: Row, x: Tensor, rate: float) -> Row:
+    v = quantize_per_head_triton(x, head_scale(x, FP8), FP8)
+    work = 2 * v.numel()
+    return measure(row, work, lambda: attention.transpose_values(v), work / rate)
+
+
+def differing(out: Tensor, reference: Tensor) -> float:
+    """The share of elements whose bits differ."""
+    return float((out.cpu().view(torch.uint8) != reference.view(torch.uint8)).double().mean())
+
+
+def copy_bytes_per_ms() -> float:
+    """Bytes read and written by a copy, per millisecond: the floor of whatever moves memory."""
+    source = torch.empty(1 << 29, device=DEVICE, dtype=torch.bfloat16).normal_()
+    target = torch.empty_like(source)
+    ms = triton.testing.do_bench(lambda: target.copy_(source), return_mode="median")
+    return 2 * source.nbytes / ms
+
+
+def label(dtype: torch.dtype) -> str:
+    return "int8" if dtype == INT8 else "fp8"
+
+
+PARTS: dict[str, Callable[[], Iterator[Row]]] = {
+    "quantize": time_quantize,
+    "linear": time_linears,
+    "attention": time_attention,
+}
+
+
+def print_table(rows: list[dict]) -> None:
+    print(f"\n{'part':10}{'shape':24}{'what':28}{'ms':>9}{'spread':>8}{'rate':>8}{'/floor':>8}"
+          f"{'error':>10}")  # fmt: skip
+    for row in rows:
+        cells = (cell(row["ms"], "9.3f"), cell(row["spread"], "8.2f"), cell(row["rate"], "8.0f"),
+                 cell(row["floor"], "8.2f"), cell(row["error"], "10.1e"))  # fmt: skip
+        print(f"{row['part']:10}{row['shape']:24}{row['name']:28}{''.join(cells)}  {row['note']}")
+
+
+def cell(value: float | None, form: str) -> str:
+    return " " * int(form.split(".")[0]) if value is None else format(value, form)
+
+
+if __name__ == "__main__":
+    main()
