@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help check format test test-gpu bench
+.PHONY: help check format test test-gpu bench bench-gpu
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -23,3 +23,6 @@ bench:  ## the figures of the README, as JSON
 	python -m benchmarks.planning
 	python -m benchmarks.smoothing
 	python -m benchmarks.recognition
+
+bench-gpu:  ## the kernels at the sizes of real models, on a CUDA device
+	python -m benchmarks.kernels
