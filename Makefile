@@ -25,4 +25,5 @@ bench:  ## the figures of the README, as JSON
 	python -m benchmarks.recognition
 
 bench-gpu:  ## the kernels at the sizes of real models, on a CUDA device
-	python -m benchmarks.kernels
+	mkdir -p benchmarks/results
+	python -m benchmarks.kernels benchmarks/results/kernels.json
