@@ -41,13 +41,15 @@ LINEAR_TILES = {
     "128x256x128 s4": linear.Tile(),
     "128x256x128 s3 persistent": linear.Tile(stages=3, persistent=True),
     "128x256x128 s4 persistent": linear.Tile(stages=4, persistent=True),
-    "256x128x128 s4": linear.Tile(m=256, n=128),
+    "128x256x128 s4 group 16": linear.Tile(group=16),
 }
 ATTENTION_TILES = {
-    "64x128 w4 s3": attention.Tile(),
-    "64x128 w4 s2": attention.Tile(stages=2),
-    "64x64 w4 s3": attention.Tile(keys=64),
-    "128x128 w8 s3": attention.Tile(queries=128, warps=8),
+    "128x64 w8 s3 r128": attention.Tile(),
+    "128x64 w8 s2 r128": attention.Tile(stages=2),
+    "256x64 w16 s3 r128": attention.Tile(queries=256, warps=16),
+    "64x128 w4 s2 r168": attention.Tile(queries=64, keys=128, warps=4, stages=2, registers=168),
+    "64x128 w4 s3": attention.Tile(queries=64, keys=128, warps=4, registers=None),
+    "128x128 w8 s3": attention.Tile(keys=128, registers=None),
 }
 
 

@@ -26,12 +26,15 @@ class Tile:
         keys: keys it reads at a time; at most 128, so that blocks stay within padded values.
         warps: warps per program.
         stages: how many loads of keys and values are in flight.
+        registers: the most that a thread may use: fewer let more programs share a multiprocessor,
+            and one's softmax runs while another multiplies. None leaves it to the compiler.
     """
 
-    queries: int = 64
-    keys: int = 128
-    warps: int = 4
+    queries: int = 128
+    keys: int = 64
+    warps: int = 8
     stages: int = 3
+    registers: int | None = 128
 
 
 @triton.jit
@@ -62,8 +65,22 @@ def _attend(
     weight = tl.exp2(product * factor - (higher - P_BITS)[:, None])
     total = total * decay + tl.sum(weight, 1)
     out = out * decay[:, None]
-    out = tl.dot(weight.to(tl.float8e4nv), v.load([value_row, start]).T, out)
+    out = tl.dot(_swap_keys(weight.to(tl.float8e4nv)), v.load([value_row, start]).T, out)
     return higher, total, out
+
+
+@triton.jit
+def _swap_keys(weight):
+    """Reorder every 16 keys: 0 1 8 9, 2 3 10 11, 4 5 12 13, 6 7 14 15.
+
+    Of 16 columns of a product, a thread holds four in that order, of an 8-bit operand it has to
+    hold four neighbours. With the columns renamed, and the rows of v reordered alike, weights go
+    from one product to the next without a shuffle between threads.
+    """
+    rows: tl.constexpr = weight.shape[0]
+    keys: tl.constexpr = weight.shape[1]
+    groups = weight.reshape(rows, keys // 16, 2, 4, 2)
+    return groups.permute(0, 1, 3, 2, 4).reshape(rows, keys)
 
 
 @triton.jit(do_not_specialize=["q_tokens", "k_tokens"])
@@ -117,13 +134,14 @@ def _attention(
 
 @triton.jit(do_not_specialize=["tokens"])
 def _transpose(v, out, tokens, padded, D: tl.constexpr, BLOCK: tl.constexpr):
-    """`v [tokens, D]` of one head to `out [D, padded]`, 0 beyond the last token."""
+    """`v [tokens, D]` of one head to `out [D, padded]`, in the order of `_swap_keys`."""
     head = tl.program_id(1).to(tl.int64)
-    token = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    token = place // 16 * 16 + place // 2 % 2 * 8 + place // 4 % 4 * 2 + place % 2
     channel = tl.arange(0, D)
     at = head * tokens * D + token[:, None] * D + channel[None, :]
     block = tl.load(v + at, mask=token[:, None] < tokens, other=0)
-    tl.store(out + head * D * padded + channel[:, None] * padded + token[None, :], block.T)
+    tl.store(out + head * D * padded + channel[:, None] * padded + place[None, :], block.T)
 
 
 def launch(
@@ -168,13 +186,15 @@ def launch(
         P_BITS=math.log2(P_RANGE),
         num_warps=tile.warps,
         num_stages=tile.stages,
+        maxnreg=tile.registers,
     )
 
 
 def transpose_values(v: Tensor) -> Tensor:
     """`v [B, H, S, D]` as `[B * H * D, S]`, S padded with zeros to a multiple of 128.
 
-    Hopper's 8-bit tensor cores read the second operand along the dim that is summed over.
+    Hopper's 8-bit tensor cores read the second operand along the dim that is summed over. Tokens
+    are in the order of `_swap_keys`.
     """
     batch, heads, tokens, channels = v.shape
     padded = triton.cdiv(tokens, _PADDING) * _PADDING
