@@ -1,0 +1,47 @@
+"""What is measured: the trained checkpoints, also with outlier channels, and videos to ask for."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from training.train import request
+from wancompile.demo import checkpoints
+from wancompile.demo.sampler import Request
+
+NAMES = checkpoints.NAMES
+
+# The rescaling is a helper of the tests and no part of the package.
+sys.path.append(str(Path(__file__).parents[1] / "tests"))
+from rescale import inject_outliers  # noqa: E402
+
+# Video i is drawn from seed + i: these must lie further apart than videos are asked for.
+_CALIBRATION_SEED, _HELD_OUT_SEED = 0, 1000
+
+
+def load(name: str) -> Any:
+    """Return a checkpoint in fp32, in eval mode, on the GPU where there is one."""
+    return checkpoints.load(name).to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def with_outliers(model: nn.Module) -> nn.Module:
+    """Return a copy that computes the same with channels of very different size."""
+    return inject_outliers(copy.deepcopy(model))
+
+
+def calibration(name: str, videos: int, steps: int) -> Request:
+    """Return the videos whose sampling shows a model's activations to the compiler."""
+    asked, _ = request(name, videos, _CALIBRATION_SEED)
+    return replace(asked, steps=steps)
+
+
+def held_out(name: str, videos: int, steps: int) -> tuple[Request, torch.Tensor]:
+    """Return videos that nothing was calibrated on, and their digits."""
+    asked, labels = request(name, videos, _HELD_OUT_SEED)
+    return replace(asked, steps=steps), labels
