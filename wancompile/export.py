@@ -123,14 +123,16 @@ def _dynamic_dims(arguments: Sequence[Mapping[str, Any]]) -> dict[str, set[int]]
 def _without_ones(arguments: Mapping[str, Any], dims: Mapping[str, set[int]]) -> dict[str, Any]:
     """Double the dynamic dimensions of the example where one of them is 1.
 
-    torch.export takes a size of 1 for a fact about the model. Doubling the same dimension of every
-    tensor that has it keeps the sizes that belong together in step.
+    torch.export takes a size of 1 for a fact about the model, and so it does with a height or width
+    of one patch. Doubling the same dimension of every tensor that has it keeps the sizes that
+    belong together in step.
     """
     video = {name: t for name, t in _tensors(arguments).items() if dims.get(name)}
     factors = dict.fromkeys(range(5), 1)
     for name, tensor in video.items():
         for dim in dims[name]:
-            if tensor.shape[dim] == 1 and (dim == 0 or tensor.dim() == 5):
+            one = 2 if dim in (3, 4) else 1
+            if tensor.shape[dim] <= one and (dim == 0 or tensor.dim() == 5):
                 factors[dim] = 2
     tokens = factors[2] * factors[3] * factors[4]
 
@@ -237,11 +239,12 @@ def _lift_state(graph: Graph, exported: ExportedProgram) -> dict[str, torch.Tens
     """Turn the placeholders of parameters, buffers and constants into reads of stored tensors."""
     tensors = {**dict(exported.named_parameters()), **dict(exported.named_buffers())}
     tensors.update({k: v for k, v in exported.constants.items() if isinstance(v, torch.Tensor)})
-    kinds = {spec.arg.name: spec for spec in exported.graph_signature.input_specs}
+    # By position: copying a graph renames placeholders that are called like a Python builtin.
+    placeholders = graph.find_nodes(op="placeholder")
     names = {
-        node: str(kinds[node.name].target)
-        for node in graph.nodes
-        if node.op == "placeholder" and kinds[node.name].kind is not InputKind.USER_INPUT
+        node: str(spec.target)
+        for node, spec in zip(placeholders, exported.graph_signature.input_specs, strict=True)
+        if spec.kind is not InputKind.USER_INPUT
     }
     read_stored(graph, names)
     return {name: tensors[name].detach() for name in names.values()}
