@@ -15,17 +15,20 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from tabulate import tabulate
 
-import wancompile
 from benchmarks import record
 from wancompile import passes, pipeline, presets
+from wancompile.calibrate import Calibration
 from wancompile.export import export
+from wancompile.pipeline import Pass
+from wancompile.program import Program
+from wancompile.quant.stats import Stats
 from wancompile.recipe import resolve
 
 GIB = 1 << 30
@@ -57,10 +60,9 @@ def passes_per_layer(preset: str, layers: Sequence[int], repeats: int) -> dict[s
     The first model is gone through once more before anything is timed: what the process does only
     once, such as importing, is not the work of a layer.
     """
-    _seconds_of_passes(preset, layers[0])
+    seconds_of_passes(preset, layers[0], 1)
     medians = {
-        count: statistics.median(_seconds_of_passes(preset, count) for _ in range(repeats))
-        for count in layers
+        count: statistics.median(seconds_of_passes(preset, count, repeats)) for count in layers
     }
     first = medians[layers[0]] / layers[0]
     return {
@@ -70,20 +72,31 @@ def passes_per_layer(preset: str, layers: Sequence[int], repeats: int) -> dict[s
     }
 
 
-def _seconds_of_passes(preset: str, layers: int) -> float:
+def seconds_of_passes(preset: str, layers: int, repeats: int) -> list[float]:
+    """Return how long all passes took on the same exported program, each time from the start."""
     torch.manual_seed(0)
     tiny = presets.truncated(presets.tiny(presets.find(preset)), layers)
     model = presets.build(tiny, device="cpu", dtype=torch.float32)
     call = presets.example_inputs(tiny, device="cpu", dtype=torch.float32)
-    stats = wancompile.calibrate(model, [call])
-    program = export(model, [call])
+    exported = export(model, [call])
     recipe = resolve("int8-attention")
+    stats = _stats(exported, call)
     todo = (
         *passes.NORMALIZE,
         *passes.smoothing(recipe, stats),
         *passes.quantization(recipe, stats),
         *passes.lowering(torch.device("cpu")),
     )
+    return [_seconds(exported, todo) for _ in range(repeats)]
+
+
+def _stats(exported: Program, call: Mapping[str, Any]) -> Stats:
+    calibration = Calibration(pipeline.run(exported, passes.NORMALIZE))
+    calibration(**call)
+    return calibration.stats()
+
+
+def _seconds(program: Program, todo: Sequence[Pass]) -> float:
     started = time.perf_counter()
     pipeline.run(program, todo)
     return time.perf_counter() - started
