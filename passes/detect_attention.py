@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -75,7 +75,7 @@ class DetectAttention:
             out = _output_groups(draft, cluster)
             groups += [*_input_groups(draft, cluster), *out]
             attentions += [_attention(read, out) for read in cluster]
-        draft.groups = tuple(_drop_repeats(groups))
+        draft.groups = tuple(_merged(groups))
         draft.attentions = tuple(attentions)
 
 
@@ -232,8 +232,15 @@ def _group(role: Role, linears: Sequence[Node], source: Source) -> Group:
     return Group(role, tuple(dict.fromkeys(map(_site, linears))), source)
 
 
-def _drop_repeats(groups: Iterable[Group]) -> list[Group]:
-    return list({group.sites: group for group in groups}.values())
+def _merged(groups: Iterable[Group]) -> list[Group]:
+    """Join groups that share a linear: whatever shares it reads the same value as the rest."""
+    group_of: dict[Site, Group] = {}
+    for group in groups:
+        sharing = [group_of[site] for site in group.sites if site in group_of]
+        every = dict.fromkeys(site for one in [*sharing, group] for site in one.sites)
+        first = sharing[0] if sharing else group
+        group_of.update(dict.fromkeys(every, replace(first, sites=tuple(every))))
+    return list({group.key: group for group in group_of.values()}.values())
 
 
 def _site(node: Node) -> Site:

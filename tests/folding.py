@@ -24,6 +24,7 @@ TENSORS = {
     **tensors("wq", "bq", "wk", "bk", "wv", "bv", "wo", "bo", "gain", "shift"),
     "bias": torch.linspace(-1, 1, CHANNELS),
 }
+SHAPE = (CHANNELS,)
 SCALE = torch.linspace(-2, 2, CHANNELS, dtype=torch.float64).exp()
 
 

@@ -29,6 +29,15 @@ class Function(nn.Module):
         return self.fn(self, x)
 
 
+class Streams(Function):
+    """A function of video, text and image states: `fn(self, x, text, image)`."""
+
+    def forward(  # type: ignore[override]
+        self, x: torch.Tensor, text: torch.Tensor, image: torch.Tensor
+    ) -> Any:
+        return self.fn(self, x, text, image)
+
+
 def exported(fn: Callable[..., Any], x: torch.Tensor, **tensors: torch.Tensor) -> Program:
     """Export `fn(self, x)`; x [batch, tokens, channels] is dynamic in batch and tokens."""
     module = Function(fn, **tensors)

@@ -77,7 +77,7 @@ def test_one_size_only_on_request():
     model, kwargs = zoo.make("t2v", 1)
     program = export(model, [kwargs], dynamic=False)
     assert error(program, model, kwargs) < 2e-6
-    with pytest.raises(InputError, match="hidden_states has shape 3x16x3x12x8, .* 2x16x5x8x12"):
+    with pytest.raises(InputError, match=r"hidden_states has shape 3x16x3x12x8, .* 2x16x5x8x12"):
         program(**zoo.example("t2v", 1, batch=3))
 
 
