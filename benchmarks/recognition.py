@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -56,21 +55,8 @@ def measure(name: str, classifier: Classifier, options: argparse.Namespace) -> d
 
 def in_batches(model: Any, asked: Request, size: int) -> Tensor:
     """Return the videos of a request, sampled `size` at a time."""
-    return torch.cat(
-        [sample(model, part(asked, start, size)) for start in range(0, len(asked.prompts), size)]
-    )
-
-
-def part(asked: Request, start: int, size: int) -> Request:
-    """Return the request for `size` of its videos; each stays the video that it was."""
-    chosen = slice(start, start + size)
-    frames = asked.first_frames
-    return replace(
-        asked,
-        prompts=asked.prompts[chosen],
-        first_frames=None if frames is None else frames[chosen],
-        seed=asked.seed + start,
-    )
+    starts = range(0, len(asked.prompts), size)
+    return torch.cat([sample(model, subjects.part(asked, start, size)) for start in starts])
 
 
 def _recognised(classifier: Classifier, videos: Tensor, labels: Tensor) -> dict[str, Any]:

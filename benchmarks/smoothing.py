@@ -21,7 +21,7 @@ from torch import Tensor
 
 import wancompile
 from benchmarks import record, subjects
-from wancompile.demo.sampler import calls
+from wancompile.demo.sampler import Request, calls
 from wancompile.quant.stats import Stats
 from wancompile.recipe import QSpec, Recipe
 
@@ -33,8 +33,7 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
     """Return the errors of one checkpoint and the share of them that smoothing wins back."""
     model = subjects.load(name)
     shown = calls(model, [subjects.calibration(name, options.videos, options.steps)])
-    asked, _ = subjects.held_out(name, options.held_out_videos, options.held_out_steps)
-    held_out = calls(model, [asked])
+    held_out = calls(model, [_held_out(name, options)])
     expected = outputs(model, held_out)
     kinds = {"original": model, "outliers": subjects.with_outliers(model)}
     errors: dict[str, Any] = {}
@@ -44,6 +43,13 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
         for dtype in DTYPES:
             errors[kind][dtype] = _of_dtype(subject, stats, shown, held_out, expected, dtype)
     return {"checkpoint": name, "errors": errors, "won_back": won_back(errors)}
+
+
+def _held_out(name: str, options: argparse.Namespace) -> Request:
+    """Return videos of the digits that come after those calibrated on."""
+    both = options.videos + options.held_out_videos
+    asked, _ = subjects.held_out(name, both, options.held_out_steps)
+    return subjects.part(asked, options.videos, options.held_out_videos)
 
 
 def _of_dtype(
@@ -121,7 +127,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("names", nargs="*", default=subjects.NAMES, metavar="t2v|i2v")
     parser.add_argument("--videos", type=int, default=4, help="to calibrate on")
     parser.add_argument("--steps", type=int, default=8)
-    parser.add_argument("--held-out-videos", type=int, default=4)
+    parser.add_argument("--held-out-videos", type=int, default=2)
     parser.add_argument("--held-out-steps", type=int, default=4)
     parser.add_argument("--out", type=Path, default=record.RESULTS)
     options = parser.parse_args(argv)

@@ -45,3 +45,15 @@ def held_out(name: str, videos: int, steps: int) -> tuple[Request, torch.Tensor]
     """Return videos that nothing was calibrated on, and their digits."""
     asked, labels = request(name, videos, _HELD_OUT_SEED)
     return replace(asked, steps=steps), labels
+
+
+def part(asked: Request, start: int, size: int) -> Request:
+    """Return the request for `size` of its videos; each stays the video that it was."""
+    chosen = slice(start, start + size)
+    frames = asked.first_frames
+    return replace(
+        asked,
+        prompts=asked.prompts[chosen],
+        first_frames=None if frames is None else frames[chosen],
+        seed=asked.seed + start,
+    )

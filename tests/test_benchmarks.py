@@ -85,7 +85,7 @@ def test_recognition(one_block, tmp_path, capsys):
 
 def test_a_video_does_not_depend_on_its_batch():
     whole = Request(("one", "two", "three"), torch.rand(3, 1, 24, 24), steps=7, seed=5)
-    first, last = recognition.part(whole, 0, 2), recognition.part(whole, 2, 2)
+    first, last = subjects.part(whole, 0, 2), subjects.part(whole, 2, 2)
     assert first.prompts + last.prompts == whole.prompts
     assert (first.steps, last.steps) == (7, 7)
     assert torch.equal(torch.cat([first.first_frames, last.first_frames]), whole.first_frames)
