@@ -6,6 +6,7 @@ from torch import Tensor
 
 from wancompile import ops
 from wancompile.kernels import KERNELS, Kernel, choose
+from wancompile.kernels.torch_attention import ATTENTION_DEQUANTIZE_SDPA
 from wancompile.ops import linear
 from wancompile.quant.numerics import FP8, INT8, QMAX, absmax_scale
 
@@ -121,7 +122,9 @@ def test_attention_is_near_the_plain_body_and_float64(cuda, dtype, head_size, ba
     for kernel in fitting(ATTENTION, cuda, args):
         out = kernel.impl(*args)
         assert out.is_contiguous()
-        assert relative_error(out, exact) < 0.05, kernel.name
+        # Only 8-bit tensor cores round P; bf16 products stay much nearer.
+        limit = 0.02 if kernel is ATTENTION_DEQUANTIZE_SDPA else 0.05
+        assert relative_error(out, exact) < limit, kernel.name
         assert relative_error(out, plain) < 0.06, kernel.name
 
 

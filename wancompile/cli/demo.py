@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 from pathlib import Path
 
 from wancompile.cli import target
-from wancompile.errors import InputError
 
 _DESCRIPTION = """\
 Compile a small, really trained Wan in fp8 and int8, make a video with the
@@ -38,20 +36,18 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "--digit", type=int, choices=range(10), metavar="D", help="the digit to show, 0 to 9"
     )
     parser.add_argument(
-        "--no-i2v", dest="i2v", action="store_false", help="leave out the image-to-video model"
+        "--model",
+        choices=("t2v", "i2v"),
+        default="t2v",
+        help="from a prompt, or from a prompt and a first frame (default: t2v)",
     )
 
 
 def run(args: argparse.Namespace) -> None:
-    """Run the demo with what was asked for; what was not has the demo's own default.
-
-    Raises:
-        InputError: this installation has no demo.
-    """
+    """Run the demo with what was asked for; what was not has the demo's own default."""
     given = {"steps": args.steps, "seed": args.seed, "digit": args.digit}
     options = {name: value for name, value in given.items() if value is not None}
     # Only here, so that the other subcommands start without it.
-    demo = importlib.import_module("wancompile.demo")
-    if not hasattr(demo, "run"):
-        raise InputError("this installation of wancompile has no demo")
-    demo.run(args.out, i2v=args.i2v, **options)
+    from wancompile import demo
+
+    demo.run(args.out, model=args.model, **options)

@@ -54,14 +54,17 @@ def scheduler() -> UniPCMultistepScheduler:
     )
 
 
-def sample(model: Any, request: Request, *, progress: bool = False) -> Tensor:
-    """Return the videos `[B, 1, 9, 24, 24]` fp32 on the CPU, in [-1, 1]."""
+def sample(model: Any, request: Request, *, progress: str = "") -> Tensor:
+    """Return the videos `[B, 1, 9, 24, 24]` fp32 on the CPU, in [-1, 1].
+
+    `progress` is the name of the progress bar; without one there is no bar.
+    """
     draw = _sample_t2v if request.first_frames is None else _sample_i2v
     with torch.no_grad():
         return draw(model, request, progress).float().cpu().clamp(-1, 1)
 
 
-def _sample_t2v(model: Any, request: Request, progress: bool) -> Tensor:
+def _sample_t2v(model: Any, request: Request, progress: str) -> Tensor:
     verbosity = diffusers_logging.get_verbosity()
     diffusers_logging.set_verbosity_error()
     try:
@@ -70,7 +73,7 @@ def _sample_t2v(model: Any, request: Request, progress: bool) -> Tensor:
         )
     finally:
         diffusers_logging.set_verbosity(verbosity)
-    pipe.set_progress_bar_config(disable=not progress, leave=False)
+    pipe.set_progress_bar_config(disable=not progress, desc=progress)
     videos: Tensor = pipe(
         prompt_embeds=text_states(request.prompts).to(model.device),
         negative_prompt_embeds=text_states([""] * len(request.prompts)).to(model.device),
@@ -85,7 +88,7 @@ def _sample_t2v(model: Any, request: Request, progress: bool) -> Tensor:
     return videos
 
 
-def _sample_i2v(model: Any, request: Request, progress: bool) -> Tensor:
+def _sample_i2v(model: Any, request: Request, progress: str) -> Tensor:
     assert request.first_frames is not None
     device, dtype = model.device, model.dtype
     frames = request.first_frames.to(device)
@@ -98,7 +101,7 @@ def _sample_i2v(model: Any, request: Request, progress: bool) -> Tensor:
     steps = scheduler()
     steps.set_timesteps(request.steps, device=device)
     videos = request.noise().to(device)
-    for t in tqdm(steps.timesteps, disable=not progress, leave=False):
+    for t in tqdm(steps.timesteps, disable=not progress, desc=progress):
         hidden = torch.cat([videos, condition], 1).to(dtype)
         timestep = t.expand(len(videos))
         asked, free = (

@@ -33,7 +33,7 @@ class Table(NamedTuple):
 
 @dataclass(frozen=True)
 class Extras:
-    """Tables, then pictures, under one heading; plain tuples in the order of the fields will do."""
+    """Pictures, then tables, under one heading; plain tuples in the order of the fields will do."""
 
     title: str = "Results"
     tables: Sequence[Table | tuple[str, Sequence[str], Sequence[Sequence[object]]]] = ()
@@ -41,14 +41,14 @@ class Extras:
 
 
 def render(extras: Extras) -> list[Html]:
-    """Return the tables and the pictures.
+    """Return the pictures and the tables.
 
     Raises:
         InputError: a picture is neither an image nor a video.
     """
     tables = [_table(Table(*one)) for one in extras.tables]
     pictures = [_picture(Picture(*one)) for one in extras.pictures]
-    return [*tables, el("div", pictures, class_="pictures")] if pictures else tables
+    return [el("div", pictures, class_="pictures"), *tables] if pictures else tables
 
 
 def _table(table: Table) -> Html:
