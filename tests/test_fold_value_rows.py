@@ -17,6 +17,7 @@ MORE = {
     "wqkv": torch.randn(3 * CHANNELS, CHANNELS, generator=torch.Generator().manual_seed(5)) / 3,
     "bqkv": torch.linspace(-1, 1, 3 * CHANNELS),
     "wkv2": torch.randn(2 * CHANNELS, CHANNELS, generator=torch.Generator().manual_seed(6)) / 3,
+    "w_flat": torch.randn(5, 12 * CHANNELS, generator=torch.Generator().manual_seed(8)) / 12,
     "w_one_head": torch.randn(4, CHANNELS, generator=torch.Generator().manual_seed(7)) / 3,
 }
 
@@ -174,6 +175,24 @@ def tokens_become_channels(self, x):
     return out(self, y.transpose(2, 3).reshape(x.shape[0], -1, CHANNELS))
 
 
+def attention_among_channels(self, x):
+    q, k, v = (F.linear(x, weight).mT for weight in (self.wq, self.wk, self.wv))
+    return out(self, sdpa(q, k, v).mT)
+
+
+def twelve_tokens(self, x):
+    return x[:, :1] + self.wk2
+
+
+def channels_arrive_as_tokens(self, x):
+    return out(self, joined(sdpa(*project(self, twelve_tokens(self, x)))).mT)
+
+
+def tokens_join_the_channels(self, x):
+    y = sdpa(*project(self, twelve_tokens(self, x)))
+    return F.linear(y.flatten(1), self.w_flat)
+
+
 def normed_values(self, x):
     q, k, v = project(self, x)
     return out(self, joined(sdpa(q, k, F.layer_norm(v, (4,)))))
@@ -187,7 +206,7 @@ def values_times_a_vector(self, x):
 def one_head_of_values(self, x):
     """The values of one head serve all: there are fewer rows than output channels."""
     q, k, _ = project(self, x)
-    v = F.linear(x, self.w_one_head).unsqueeze(1)
+    v = F.linear(x, self.w_one_head).unflatten(-1, (1, 4)).transpose(1, 2)
     return out(self, joined(torch.softmax(q @ k.mT, -1) @ v))
 
 
@@ -220,9 +239,12 @@ REFUSED = {
     heads_in_another_order: "cannot be followed through aten.scaled_dot_product_attention",
     channels_mixed_after: "cannot be followed through aten.reshape",
     tokens_become_channels: "cannot be followed",
+    attention_among_channels: "cannot be followed through aten.scaled_dot_product_attention",
+    channels_arrive_as_tokens: "do not arrive as the last dimension",
+    tokens_join_the_channels: "cannot be followed through aten.reshape",
     normed_values: "not made of attention outputs alone",
     values_times_a_vector: "not made of attention outputs alone",
-    one_head_of_values: "cannot be followed",
+    one_head_of_values: "cannot be followed through aten.scaled_dot_product_attention",
     overlapping_slices: "share some rows",
     slice_read_elsewhere: "also read elsewhere",
     weight_used_twice: "a value projection's weight is used more than once",

@@ -29,7 +29,7 @@ def split_first(self, x):
 
 
 def asks_for_sizes(self, x):
-    q, k, v = merged(x), merged(x * 2), merged(x + 1)
+    q, k, v = merged(x), merged(x[:, 1:]), merged(x[:, 1:] + 1)
     out = F.scaled_dot_product_attention(q, k, v)
     return out.view(out.shape[0] // 3, 3, out.shape[1], out.shape[2]) * self.w
 
