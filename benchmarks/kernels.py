@@ -44,12 +44,12 @@ LINEAR_TILES = {
     "128x256x128 s4 group 16": linear.Tile(group=16),
 }
 ATTENTION_TILES = {
-    "128x64 w8 s3 r128": attention.Tile(),
-    "128x64 w8 s2 r128": attention.Tile(stages=2),
-    "256x64 w16 s3 r128": attention.Tile(queries=256, warps=16),
-    "64x128 w4 s2 r168": attention.Tile(queries=64, keys=128, warps=4, stages=2, registers=168),
-    "64x128 w4 s3": attention.Tile(queries=64, keys=128, warps=4, registers=None),
-    "128x128 w8 s3": attention.Tile(keys=128, registers=None),
+    "128x64 w8 s3 r128": attention.Tile(128, 64, 8, 3, 128),
+    "128x64 w8 s2 r128": attention.Tile(128, 64, 8, 2, 128),
+    "256x64 w16 s3 r128": attention.Tile(256, 64, 16, 3, 128),
+    "64x128 w4 s2 r168": attention.Tile(64, 128, 4, 2, 168),
+    "64x128 w4 s3": attention.Tile(64, 128, 4, 3),
+    "128x128 w8 s3": attention.Tile(128, 128, 8, 3),
 }
 
 

@@ -9,6 +9,7 @@ from wancompile.ops.linear import check_scaled_linear, epilogue, fake_scaled_lin
 from wancompile.quant.numerics import FP8, INT8
 
 _INT_MM_LEAST_ROWS = 17
+_SCALED_MM_LEAST_ROWS = 16
 
 
 @torch.library.custom_op("wancompile_kernels::fp8_linear_scaled_mm", mutates_args=())
@@ -26,16 +27,23 @@ def fp8_linear_scaled_mm(
     before it is cast. Fast accumulation keeps fewer bits of the running sum than fp32 has.
     """
     check_scaled_linear(x, x_scale, weight, weight_scale, bias, out_dtype)
+    rows, scales = x.reshape(-1, x.shape[-1]).contiguous(), x_scale.reshape(-1, 1).contiguous()
+    count = rows.shape[0]
+    # cuBLAS has no row-wise product for a single row and some lengths.
+    if count < _SCALED_MM_LEAST_ROWS:
+        missing = _SCALED_MM_LEAST_ROWS - count
+        rows = F.pad(rows.view(torch.uint8), (0, 0, 0, missing)).view(FP8)
+        scales = F.pad(scales, (0, 0, 0, missing))
     out = torch._scaled_mm(
-        x.reshape(-1, x.shape[-1]).contiguous(),
+        rows,
         weight.contiguous().t(),
-        scale_a=x_scale.reshape(-1, 1).contiguous(),
+        scale_a=scales,
         scale_b=weight_scale.reshape(1, -1).contiguous(),
         bias=None if bias is None else bias.to(torch.bfloat16),
         out_dtype=torch.bfloat16,
         use_fast_accum=True,
     )
-    return out.to(out_dtype).view(*x.shape[:-1], weight.shape[0])
+    return out[:count].to(out_dtype).view(*x.shape[:-1], weight.shape[0])
 
 
 @torch.library.custom_op("wancompile_kernels::int8_linear_int_mm", mutates_args=())

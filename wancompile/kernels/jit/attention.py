@@ -30,11 +30,11 @@ class Tile:
             and one's softmax runs while another multiplies. None leaves it to the compiler.
     """
 
-    queries: int = 128
-    keys: int = 64
-    warps: int = 8
+    queries: int = 64
+    keys: int = 128
+    warps: int = 4
     stages: int = 3
-    registers: int | None = 128
+    registers: int | None = None
 
 
 @triton.jit
