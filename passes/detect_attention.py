@@ -18,7 +18,6 @@ Nothing is rewritten; the graph before is the graph after.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
@@ -32,7 +31,7 @@ from wancompile.ir.dataflow import linears_behind
 from wancompile.ir.edit import Draft
 from wancompile.ir.levels import Level
 from wancompile.ir.site import Attention, Group, Role, Site, Source
-from wancompile.passes import sources
+from wancompile.passes import outputs, sources
 
 aten = torch.ops.aten
 
@@ -157,75 +156,23 @@ def _text_and_image(a: _Read, b: _Read) -> tuple[_Read, _Read]:
     a_normed, b_normed = (sources.is_normalised(match.args(read.k)[0]) for read in (a, b))
     if a_normed != b_normed:
         return (b, a) if a_normed else (a, b)
-    total = _sum_of(a.node, b.node)
-    if total is not None and b.node in _behind(match.args(total)[0]):
+    total = outputs.sum_of(a.node, b.node)
+    if total is not None and b.node in outputs.attentions_behind(match.args(total)[0]):
         return b, a
     return a, b
-
-
-def _sum_of(a: Node, b: Node) -> Node | None:
-    """Return the addition that joins the outputs of two attentions."""
-    return next(
-        (
-            node
-            for node in _outputs(a)
-            if match.is_op(node, aten.add.Tensor) and node in set(_outputs(b))
-        ),
-        None,
-    )
-
-
-def _behind(node: Node) -> set[Node]:
-    """Return the attentions that a laid-out output comes from."""
-    todo, found = [node], set[Node]()
-    while todo:
-        one = todo.pop()
-        if match.is_attention(one):
-            found.add(one)
-        elif match.is_op(one, *_CARRIERS):
-            todo.extend(one.all_input_nodes)
-    return found
-
-
-_CARRIERS = (*match.LAYOUT_OPS, *match.CAST_OPS, aten.add.Tensor)
-
-
-def _outputs(node: Node) -> list[Node]:
-    """Return every laid-out, cast or summed form of an attention's output, nearest first."""
-    found = {node: None}
-    todo = deque(found)
-    while todo:
-        for user in match.readers(todo.popleft()):
-            if match.is_op(user, *_CARRIERS) and user not in found:
-                found[user] = None
-                todo.append(user)
-    return list(found)
 
 
 def _output_groups(draft: Draft, cluster: Sequence[_Read]) -> list[Group]:
     readers = [
         user
-        for form in _outputs(cluster[0].node)
+        for form in outputs.forms(cluster[0].node)
         for user in match.readers(form)
-        if match.is_float_linear(user) and _only_attention(form)
+        if match.is_float_linear(user) and outputs.made_of_attention(form)
     ]
     if not readers:
         draft.skip(cluster[0].node, "no linear reads the output", cluster[0].node)
         return []
     return [_group(Role.ATTN_OUT, (readers[0],), Source.ATTENTION)]
-
-
-def _only_attention(node: Node) -> bool:
-    """Whether `node` is made of attention outputs alone, laid out, cast or summed."""
-    todo = [node]
-    while todo:
-        one = todo.pop()
-        if match.is_attention(one):
-            continue
-        if not match.is_op(one, *_CARRIERS):
-            return False
-        todo.extend(parent for parent in one.all_input_nodes if match.is_tensor(parent))
-    return True
 
 
 def _group(role: Role, linears: Sequence[Node], source: Source) -> Group:

@@ -61,6 +61,11 @@ def fused_in_halves(self, x):
     return out(self, joined(sdpa(q, k, v)) + joined(sdpa(q, heads(k2), heads(v2))))
 
 
+def counted_from_the_end(self, x):
+    q, k, _ = project(self, x)
+    return out(self, joined(sdpa(q, k, heads(F.linear(x, self.wkv2)[..., -12:]))))
+
+
 def shared_values(self, x):
     """Two attentions read the same values: their rows are scaled once, not twice."""
     q, k, v = project(self, x)
@@ -84,6 +89,7 @@ FOLDABLE = {
     sum_before_joining: ["wv", "wv2"],
     fused: ["wqkv"],
     fused_in_halves: ["wkv2", "wv"],
+    counted_from_the_end: ["wkv2"],
     shared_values: ["wv"],
     written_out: ["wv"],
     merged: ["wv"],

@@ -17,27 +17,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import combinations, pairwise
-from typing import Any
+from itertools import combinations
 
 import torch
 from torch.fx import Node
 
 from wancompile.ir import match
 from wancompile.ir.edit import Draft
+from wancompile.passes.folds import channels
 
 aten = torch.ops.aten
 
 # Sums that branch again and again have exponentially many paths; real models have one or two.
 _MOST_PATHS = 16
-
-
-@dataclass(frozen=True)
-class _Axis:
-    """The channel axis of a tensor: the dims that it spans, major first, and its first row."""
-
-    dims: tuple[int, ...]
-    offset: int = 0
 
 
 @dataclass(frozen=True)
@@ -60,7 +52,7 @@ def find(producer: Node, members: set[Node]) -> ValueRows | str:
         for node in path[:-1]:
             if any(not _carries(reader, node, on_path) for reader in match.readers(node)):
                 return f"{node.name} has another reader on the way"
-        axis = _follow(list(reversed(path)))
+        axis = channels.follow(list(reversed(path)))
         if isinstance(axis, str):
             return axis
         if axis.dims != (match.rank(producer) - 1,):
@@ -124,74 +116,12 @@ def _value_operands(node: Node) -> list[Node] | None:
     return None
 
 
-def _follow(path: Sequence[Node]) -> _Axis | str:
-    """Follow the channel axis from a linear's output along `path`."""
-    axis = _Axis((match.rank(path[0]) - 1,))
-    for before, node in pairwise(path):
-        following = _step(axis, before, node)
-        if following is None:
-            return f"the channels cannot be followed through {match.target_name(node)}"
-        axis = following
-    return axis
-
-
-def _step(axis: _Axis, before: Node, node: Node) -> _Axis | None:
-    if match.is_op(node, *match.CAST_OPS, aten.add.Tensor):
-        return axis if _spans_alike(axis, before, node) else None
-    if match.is_attention(node):
-        over_tokens = match.rank(node) - 2 in axis.dims
-        # Readers of 1/s as [heads, head size] count on the channels of a head being neighbours.
-        by_head = list(axis.dims) == sorted(axis.dims)
-        return axis if by_head and not over_tokens and _spans_alike(axis, before, node) else None
-    if match.is_op(node, aten.permute.default):
-        order = [match.dim_of(dim, match.rank(node)) for dim in match.args(node)[1]]
-        return _Axis(tuple(order.index(dim) for dim in axis.dims), axis.offset)
-    if match.is_op(node, aten.reshape.default):
-        return _through_reshape(axis, node)
-    if match.is_op(node, aten.slice.Tensor):
-        return _through_slice(axis, node)
-    return None
-
-
-def _spans_alike(axis: _Axis, before: Node, after: Node) -> bool:
-    """Whether the axis is as wide after a call as before it: nothing was broadcast along it."""
-    return match.rank(before) == match.rank(after) and all(
-        match.same(match.shape(before)[dim], match.shape(after)[dim]) for dim in axis.dims
-    )
-
-
-def _through_reshape(axis: _Axis, node: Node) -> _Axis | None:
-    """The dims before and after the axis stay; what lies between them is the axis, in order."""
-    operand: Any = match.args(node)[0]
-    before, after = match.shape(operand), match.shape(node)
-    first, last = axis.dims[0], axis.dims[-1]
-    if axis.dims != tuple(range(first, last + 1)):
-        return None
-    trailing = len(before) - 1 - last
-    if len(after) - trailing <= first:
-        return None
-    kept = [(before[i], after[i]) for i in range(first)]
-    kept += [(before[-i], after[-i]) for i in range(1, trailing + 1)]
-    if not all(match.same(a, b) for a, b in kept):
-        return None
-    return _Axis(tuple(range(first, len(after) - trailing)), axis.offset)
-
-
-def _through_slice(axis: _Axis, node: Node) -> _Axis | None:
-    dim = match.dim_of(match.arg(node, 1, "dim", 0), match.rank(node))
-    if dim not in axis.dims:
-        return axis
-    start = match.arg(node, 2, "start") or 0
-    plain = len(axis.dims) == 1 and isinstance(start, int) and match.arg(node, 4, "step", 1) == 1
-    return _Axis(axis.dims, axis.offset + start) if plain else None
-
-
 def _rows_read_elsewhere(linear: Node, offset: int, width: int, on_path: set[Node]) -> bool:
     """Whether anything off the path reads rows [offset, offset + width) of `linear`."""
     for reader in match.readers(linear):
         if _carries(reader, linear, on_path):
             continue
-        axis = _step(_Axis((match.rank(linear) - 1,)), linear, reader)
+        axis = channels.step(channels.of(linear), linear, reader)
         if not match.is_op(reader, aten.slice.Tensor) or axis is None:
             return True
         size = match.shape(reader)[-1]
