@@ -9,7 +9,7 @@ from wancompile.ops.linear import check_scaled_linear, epilogue, fake_scaled_lin
 from wancompile.quant.numerics import FP8, INT8
 
 _INT_MM_LEAST_ROWS = 17
-_SCALED_MM_LEAST_ROWS = 16
+_BIAS_LEAST_ROWS = 128
 
 
 @torch.library.custom_op("wancompile_kernels::fp8_linear_scaled_mm", mutates_args=())
@@ -23,27 +23,25 @@ def fp8_linear_scaled_mm(
 ) -> Tensor:
     """`scaled_linear` for e4m3 through `torch._scaled_mm` with row-wise scales.
 
-    The product knows bf16 output only, so the bias is rounded to bf16 on the way in and the result
-    before it is cast. Fast accumulation keeps fewer bits of the running sum than fp32 has.
+    The product knows bf16 output only, so the bias (of more than a few rows) is rounded to bf16 on
+    the way in, and the result before it is cast. Fast accumulation keeps fewer bits of the running sum than fp32 has.
     """
     check_scaled_linear(x, x_scale, weight, weight_scale, bias, out_dtype)
-    rows, scales = x.reshape(-1, x.shape[-1]).contiguous(), x_scale.reshape(-1, 1).contiguous()
-    count = rows.shape[0]
-    # cuBLAS has no row-wise product for a single row and some lengths.
-    if count < _SCALED_MM_LEAST_ROWS:
-        missing = _SCALED_MM_LEAST_ROWS - count
-        rows = F.pad(rows.view(torch.uint8), (0, 0, 0, missing)).view(FP8)
-        scales = F.pad(scales, (0, 0, 0, missing))
+    rows = x.reshape(-1, x.shape[-1]).contiguous()
+    # cuBLAS refuses a bias in some row-wise products of few rows.
+    takes_bias = bias is not None and rows.shape[0] >= _BIAS_LEAST_ROWS
     out = torch._scaled_mm(
         rows,
         weight.contiguous().t(),
-        scale_a=scales,
+        scale_a=x_scale.reshape(-1, 1).contiguous(),
         scale_b=weight_scale.reshape(1, -1).contiguous(),
-        bias=None if bias is None else bias.to(torch.bfloat16),
+        bias=bias.to(torch.bfloat16) if bias is not None and takes_bias else None,
         out_dtype=torch.bfloat16,
         use_fast_accum=True,
     )
-    return out[:count].to(out_dtype).view(*x.shape[:-1], weight.shape[0])
+    if bias is not None and not takes_bias:
+        out = out.float().add_(bias)
+    return out.to(out_dtype).view(*x.shape[:-1], weight.shape[0])
 
 
 @torch.library.custom_op("wancompile_kernels::int8_linear_int_mm", mutates_args=())
