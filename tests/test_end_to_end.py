@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import wancompile
+from training import digits
 from training.classifier import Classifier
 from wancompile import CompiledModel, Stats
 from wancompile.demo import checkpoints
@@ -48,6 +49,12 @@ def compiled(name: checkpoints.Name, recipe: str) -> CompiledModel:
 def videos(name: checkpoints.Name, recipe: str = "") -> Tensor:
     model = compiled(name, recipe) if recipe else original(name)
     return sample(model, request(name, _DIGITS[name], _STEPS, 0))
+
+
+def test_the_classifier_can_be_trusted() -> None:
+    _, held_out = digits.split()
+    shown, labels = digits.videos(held_out, 200, torch.Generator().manual_seed(1))
+    assert Classifier().accuracy(shown, labels) >= 0.97
 
 
 CASES = [

@@ -24,7 +24,8 @@ def fp8_linear_scaled_mm(
     """`scaled_linear` for e4m3 through `torch._scaled_mm` with row-wise scales.
 
     The product knows bf16 output only, so the bias (of more than a few rows) is rounded to bf16 on
-    the way in, and the result before it is cast. Fast accumulation keeps fewer bits of the running sum than fp32 has.
+    the way in, and the result before it is cast. Fast accumulation keeps fewer bits of the running
+    sum than fp32 has.
     """
     check_scaled_linear(x, x_scale, weight, weight_scale, bias, out_dtype)
     rows = x.reshape(-1, x.shape[-1]).contiguous()
