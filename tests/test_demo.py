@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import io
+import tomllib
+from glob import glob
 from pathlib import Path
 
 import pytest
@@ -66,6 +68,18 @@ def test_the_shipped_models_are_wan_and_small(name: checkpoints.Name) -> None:
 def test_the_shipped_files_are_small_enough() -> None:
     folder = Path(wancompile.demo.__path__[0]) / "weights"
     assert sum(one.stat().st_size for one in folder.rglob("*.safetensors")) <= 32e6
+
+
+def test_a_wheel_holds_every_file_of_the_weights() -> None:
+    folder = Path(wancompile.demo.__path__[0])
+    project = tomllib.loads((folder.parents[1] / "pyproject.toml").read_text(encoding="utf-8"))
+    patterns = project["tool"]["setuptools"]["package-data"]["wancompile.demo"]
+    packed = {
+        path
+        for pattern in patterns
+        for path in map(Path, glob(pattern, root_dir=folder, recursive=True))
+    }
+    assert {one.relative_to(folder) for one in (folder / "weights").rglob("*.*")} <= packed
 
 
 def test_text_states_are_padded_with_zeros() -> None:
