@@ -4,7 +4,7 @@ Law: a kernel computes what its semantic op means, up to rounding; where none su
 and the shapes, the op's own plain body runs. This is the only pass that looks at the device.
 
     before                                          after (H100)
-    %y = scaled_linear(%q, %s, W8, ...)             %y = scaled_linear_scaled_mm(%q, %s, W8, ...)
+    %y = scaled_linear(%q, %s, W8, ...)             %y = linear_triton(%q, %s, W8, ...)
 """
 
 from __future__ import annotations
