@@ -36,6 +36,28 @@ def attention_args(dtype: torch.dtype, b=2, h=3, sq=5, sk=7, d=8) -> tuple:
     return q, k, v, *scales, d**-0.5, torch.float32
 
 
+def stream(batch: int, tokens: int, channels: int) -> tuple:
+    """x, y, gate `[B, 1, C]` and no offset."""
+    x, y = (torch.randn(batch, tokens, channels) for _ in range(2))
+    return x, y, torch.randn(batch, 1, channels), None
+
+
+def modulation(batch: int, tokens: int, channels: int) -> tuple:
+    """Weight and bias per token, their offsets, rows, eps and 1/s."""
+    weight, bias = (torch.randn(batch, tokens, channels, dtype=torch.bfloat16) for _ in range(2))
+    rows = torch.randint(0, tokens, (batch, tokens), dtype=torch.int32)
+    offsets = torch.randn(channels), torch.randn(channels)
+    smooth = torch.rand(channels) + 0.5
+    return weight, offsets[0], bias, offsets[1], rows, 1e-6, smooth
+
+
+def rotary_args(dtype: torch.dtype, weight: bool = True, shift: bool = False) -> tuple:
+    x, angle = torch.randn(2, 5, 3 * 8), torch.randn(5, 4)
+    w = torch.rand(24) + 0.5 if weight else None
+    s = torch.randn(3, 8) if shift else None
+    return x, w, 1e-6, angle.cos(), angle.sin(), s, torch.rand(3) * 4 / QMAX[dtype], dtype
+
+
 OPCHECKS = [
     *[(ops.quantize_per_token, (torch.randn(2, 3, 7), torch.rand(7), d)) for d in DTYPES],
     (ops.quantize_per_token, (torch.randn(4, 6, dtype=torch.bfloat16).t(), None, INT8)),
@@ -44,6 +66,14 @@ OPCHECKS = [
     *[(ops.scaled_linear, linear_args(3, 7, 5, d)) for d in DTYPES],
     (ops.scaled_linear, linear_args(1, 8, 8, INT8, bias=False)),
     *[(ops.scaled_attention, attention_args(d)) for d in DTYPES],
+    *[(ops.gelu_quantize, (torch.randn(2, 3, 8), "tanh", torch.rand(8), d)) for d in DTYPES],
+    *[(ops.norm_quantize, (torch.randn(2, 3, 8), *modulation(2, 3, 8), d)) for d in DTYPES],
+    (ops.norm_quantize, (torch.randn(1, 3, 8), *[None] * 5, 1e-6, None, INT8)),
+    (ops.residual_norm_quantize, (*stream(2, 3, 8), *modulation(2, 3, 8), INT8)),
+    (ops.residual_norm_quantize, (*stream(1, 1, 8), *[None] * 5, 1e-6, None, FP8)),
+    (ops.add_gated, (*stream(2, 3, 8), None)),
+    *[(ops.norm_rotate_quantize, rotary_args(d)) for d in DTYPES],
+    (ops.norm_rotate_quantize, rotary_args(INT8, weight=False, shift=True)),
 ]
 
 
@@ -165,14 +195,14 @@ def test_ops_are_the_same_in_chunks(dtype, monkeypatch):
     torch.testing.assert_close(rows, whole)
 
 
-def test_scaled_attention_shows_nan_and_is_contiguous():
+def test_scaled_attention_shows_nan_and_is_laid_out_by_tokens():
     q, k, v, *rest = attention_args(FP8)
     v = v.clone()
     v[0, 0, 0, 0] = torch.nan
     q = q.transpose(1, 2).contiguous().transpose(1, 2)
     out = ops.scaled_attention(q, k, v, *rest)
     assert out.isnan().sum() == q.shape[2]
-    assert out.is_contiguous()
+    assert out.transpose(1, 2).is_contiguous()
 
 
 @given(m=st.integers(1, 40), k=st.integers(1, 70), n=st.integers(1, 20))
@@ -232,3 +262,114 @@ def test_attention_tokens_stay_dynamic():
     with mode:
         out = ops.scaled_attention(*args)
     assert (out.dtype, tuple(out.shape)) == (torch.float32, (2, 3, 5, 8))
+
+
+def half_step(value: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """How far rounding to `dtype` may move a float64 `value`, and a little for fp32 arithmetic."""
+    step = 0.5 * scale if dtype == INT8 else value.abs() / 16 + scale / 1024
+    return step * 1.001 + 1e-5 * (1 + value.abs())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("approximate", ["none", "tanh"])
+def test_gelu_quantize_is_gelu_in_float64(dtype, approximate):
+    x, smooth = torch.randn(2, 5, 40, dtype=torch.bfloat16) * 3, torch.rand(40) + 0.5
+    q, scale = ops.gelu_quantize(x, approximate, smooth, dtype)
+    exact = torch.nn.functional.gelu(x.double(), approximate=approximate) * smooth
+    assert ((q.double() * scale - exact).abs() <= half_step(exact, scale, dtype)).all()
+    with pytest.raises(InputError, match="not 'sigmoid'"):
+        ops.gelu_quantize(x, "sigmoid", None, dtype)
+
+
+def modulated_norm(x: Tensor, weight, weight_offset, bias, bias_offset, rows, eps, smooth):
+    """The definition of `norm_quantize` without rounding, token by token in float64."""
+    x = x.double()
+    y = (x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True, correction=0) + eps).sqrt()
+
+    def pick(value: Tensor, offset: Tensor) -> Tensor:
+        chosen = torch.stack([v[r.long()] for v, r in zip(value.double(), rows, strict=True)])
+        return chosen + offset
+
+    return (y * pick(weight, weight_offset) + pick(bias, bias_offset)) * smooth
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_norm_quantize_is_a_modulated_norm_in_float64(dtype):
+    x, args = torch.randn(2, 6, 40, dtype=torch.bfloat16) * 5 + 3, modulation(2, 6, 40)
+    q, scale = ops.norm_quantize(x, *args, dtype)
+    exact = modulated_norm(x, *args)
+    assert ((q.double() * scale - exact).abs() <= half_step(exact, scale, dtype)).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_residual_norm_quantize_norms_the_rounded_sum(dtype):
+    x, y = (torch.randn(2, 6, 40, dtype=torch.bfloat16) for _ in range(2))
+    gate, gate_offset, args = torch.randn(2, 6, 40), torch.randn(40), modulation(2, 6, 40)
+    total, q, scale = ops.residual_norm_quantize(x, y, gate, gate_offset, *args, dtype)
+    chosen = torch.stack([g[r.long()] for g, r in zip(gate, args[4], strict=True)])
+    exact = x.double() + y.double() * (chosen.double() + gate_offset)
+    assert total.dtype == torch.bfloat16
+    assert ((total.double() - exact).abs() <= exact.abs() * 2**-8 + 1e-5).all()
+    assert torch.equal(ops.add_gated(x, y, gate, gate_offset, args[4]), total)
+    normed = modulated_norm(total, *args)
+    assert ((q.double() * scale - normed).abs() <= half_step(normed, scale, dtype)).all()
+
+
+@pytest.mark.parametrize("shape", [(40,), (2, 1, 40), (2, 6, 40)])
+def test_modulation_broadcasts_over_tokens(shape):
+    x, weight = torch.randn(2, 6, 40), torch.randn(shape)
+    whole = weight.expand(2, 6, 40).contiguous()
+    one = ops.norm_quantize(x, weight, None, weight, None, None, 1e-6, None, INT8)
+    two = ops.norm_quantize(x, whole, None, whole, None, None, 1e-6, None, INT8)
+    assert torch.equal(one[0], two[0])
+    assert torch.equal(one[1], two[1])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shift", [False, True])
+def test_norm_rotate_quantize_turns_pairs_of_channels(dtype, shift):
+    x, w, eps, cos, sin, c, scale, _ = args = rotary_args(dtype, shift=shift)
+    y = x.double() * w / (x.double().square().mean(-1, keepdim=True) + eps).sqrt()
+    pairs = torch.view_as_complex(y.view(2, 5, 3, 4, 2))
+    turned = pairs * torch.complex(cos.double(), sin.double())[:, None]
+    exact = torch.view_as_real(turned).flatten(-2).transpose(1, 2)
+    exact = exact if c is None else exact - c[:, None]
+    limit = (scale * QMAX[dtype])[:, None, None]
+    exact = exact.clamp(-limit, limit)
+    q = ops.norm_rotate_quantize(*args)
+    scale = scale[:, None, None]
+    assert q.is_contiguous()
+    assert q.shape == (2, 3, 5, 8)
+    assert ((q.double() * scale - exact).abs() <= half_step(exact, scale, dtype)).all()
+
+
+@pytest.mark.parametrize("wide", [torch.bfloat16, torch.float32])
+def test_scaled_attention_rounds_float_values(wide):
+    q, k, v, qs, ks, vs, *rest = attention_args(INT8)
+    floats = (torch.randn(v.shape) * vs[:, None, None] * 100).to(wide)
+    rounded = ops.quantize_per_head(floats, vs, FP8)
+    a = ops.scaled_attention(q, k, floats, qs, ks, vs, *rest)
+    assert torch.equal(a, ops.scaled_attention(q, k, rounded, qs, ks, vs, *rest))
+
+
+@pytest.mark.parametrize(
+    ("op", "args", "what"),
+    [
+        (ops.norm_quantize, (torch.randn(3, 8), *[None] * 5, 1e-6, None, INT8), "x float"),
+        (
+            ops.norm_quantize,
+            (torch.randn(1, 3, 8), None, torch.ones(8), None, None, None, 1e-6, None, INT8),
+            "offsets",
+        ),
+        (
+            ops.norm_quantize,
+            (torch.randn(1, 3, 8), torch.ones(1, 2, 8), *[None] * 4, 1e-6, None, INT8),
+            "weight",
+        ),
+        (ops.add_gated, (torch.randn(1, 3, 8), torch.randn(1, 2, 8), None, None, None), "y float"),
+        (ops.norm_rotate_quantize, (*rotary_args(INT8)[:-2], torch.ones(5), INT8), "cos and sin"),
+    ],
+)
+def test_fused_ops_refuse_other_arguments(op, args, what):
+    with pytest.raises(InputError, match=what):
+        op(*args)

@@ -5,16 +5,24 @@ the meaning of the op, its implementation wherever no kernel fits, and the oracl
 tests. All of them return contiguous tensors, whatever the strides of their inputs.
 """
 
+from wancompile.ops.activation import gelu_quantize
 from wancompile.ops.attention import scaled_attention
 from wancompile.ops.linear import scaled_linear
+from wancompile.ops.norm import add_gated, norm_quantize, residual_norm_quantize
 from wancompile.ops.observe import observe_channels, observe_heads
 from wancompile.ops.quantize import quantize_per_head, quantize_per_token
+from wancompile.ops.rotary import norm_rotate_quantize
 
 __all__ = [
+    "add_gated",
+    "gelu_quantize",
+    "norm_quantize",
+    "norm_rotate_quantize",
     "observe_channels",
     "observe_heads",
     "quantize_per_head",
     "quantize_per_token",
+    "residual_norm_quantize",
     "scaled_attention",
     "scaled_linear",
 ]

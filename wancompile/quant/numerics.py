@@ -76,7 +76,10 @@ def absmax_scale(x: Tensor, dim: int | tuple[int, ...], dtype: torch.dtype) -> T
 
 
 def quantize(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """`x / scale` in fp32, rounded half to even and saturated at `QMAX[dtype]`.
+    """`x * (1 / scale)` in fp32, rounded half to even and saturated at `QMAX[dtype]`.
+
+    One division for each scale, not one for each value: a GPU divides a dozen times slower than it
+    multiplies, and the values are to be rounded to 8 bits anyway.
 
     Args:
         x: any float dtype.
@@ -88,7 +91,7 @@ def quantize(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
         unspecified, and only a dynamic scale (NaN too) makes it visible.
     """
     limit = _qmax(dtype)
-    steps = x.to(torch.float32) / scale
+    steps = x.to(torch.float32) * scale.reciprocal()
     if dtype == INT8:
         steps.round_()
     return steps.clamp_(-limit, limit).to(dtype)
