@@ -85,6 +85,7 @@ def seconds_of_passes(preset: str, layers: int, repeats: int) -> list[float]:
         *passes.NORMALIZE,
         *passes.smoothing(recipe, stats),
         *passes.quantization(recipe, stats),
+        *passes.FUSE,
         *passes.lowering(torch.device("cpu")),
     )
     return [_seconds(exported, todo) for _ in range(repeats)]

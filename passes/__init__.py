@@ -10,7 +10,12 @@ from wancompile.passes.detect_attention import DetectAttention
 from wancompile.passes.detect_mlp import DetectMlp
 from wancompile.passes.drop_noops import DropNoops
 from wancompile.passes.fold_constants import FoldConstants
+from wancompile.passes.fuse_gelu import FuseGelu
+from wancompile.passes.fuse_norm import FuseNorm
+from wancompile.passes.fuse_residual import FuseResidual
+from wancompile.passes.fuse_rotary import FuseRotary
 from wancompile.passes.lower import Lower
+from wancompile.passes.merge_linears import MergeLinears
 from wancompile.passes.name_sites import NameSites
 from wancompile.passes.quantize_attention import QuantizeAttention
 from wancompile.passes.quantize_linears import QuantizeLinears
@@ -60,6 +65,16 @@ def quantization(recipe: Recipe, stats: Stats | None) -> tuple[Pass, ...]:
     return (QuantizeAttention(recipe, stats), QuantizeLinears(recipe), FoldConstants())
 
 
+# QUANTIZED -> FUSED: what a kernel can do in one pass over memory becomes one op.
+FUSE: tuple[Pass, ...] = (
+    MergeLinears(),
+    FuseGelu(),
+    FuseRotary(),
+    FuseNorm(),
+    FuseResidual(),
+)
+
+
 def lowering(device: torch.device) -> tuple[Pass, ...]:
-    """QUANTIZED -> LOWERED, for one device."""
+    """FUSED -> LOWERED, for one device."""
     return (Lower(device),)

@@ -1,7 +1,7 @@
-"""Pick an implementation for every semantic op, by device and shape.
+"""Pick an implementation for every op that has kernels, by device and shape.
 
-Law: a kernel computes what its semantic op means, up to rounding; where none supports the device
-and the shapes, the op's own plain body runs. This is the only pass that looks at the device.
+Law: a kernel computes what its op means, up to rounding; where none supports the device and the
+shapes, the op itself runs. This is the only pass that looks at the device.
 
     before                                          after (H100)
     %y = scaled_linear(%q, %s, W8, ...)             %y = linear_triton(%q, %s, W8, ...)
@@ -19,17 +19,17 @@ from torch.fx import Node, map_arg
 from wancompile import kernels
 from wancompile.ir import match
 from wancompile.ir.edit import Draft
-from wancompile.ir.levels import QUANTIZED_OPS, Level
+from wancompile.ir.levels import FUSED_OPS, Level
 
 
 @dataclass(frozen=True)
 class Lower:
-    """Replace semantic ops by the first kernel that supports them on `device`."""
+    """Replace ops by the first kernel that supports them on `device`."""
 
     device: torch.device
 
     name: ClassVar[str] = "lower"
-    needs: ClassVar[Level] = Level.QUANTIZED
+    needs: ClassVar[Level] = Level.FUSED
     gives: ClassVar[Level] = Level.LOWERED
     exact: ClassVar[bool] = False
 
@@ -37,19 +37,27 @@ class Lower:
         """Choose for each op on its own; report how often each implementation was taken."""
         taken: Counter[tuple[str, str]] = Counter()
         refused: Counter[tuple[str, str, str]] = Counter()
-        for node in [n for n in draft.graph.nodes if n.target in QUANTIZED_OPS]:
+        implemented = {kernel.op for kernel in kernels.KERNELS} | FUSED_OPS
+        for node in [n for n in draft.graph.nodes if n.target in implemented]:
             semantic = match.target_name(node)
-            args = map_arg(node.args, _value)
-            kernel, reasons = kernels.choose(node.target, self.device, args)
+            args = _positional(node)
+            kernel, reasons = kernels.choose(node.target, self.device, map_arg(args, _value))
             for name, reason in reasons:
                 refused[semantic, name, reason] += 1
             taken[semantic, kernel.name if kernel else "plain body"] += 1
             if kernel is not None:
-                draft.replace_call(node, kernel.impl, *node.args, **node.kwargs)
+                draft.replace_call(node, kernel.impl, *args)
         for (semantic, name), count in taken.items():
             draft.did(semantic, f"{count} x {name}")
         for (semantic, name, reason), count in refused.items():
             draft.skip(semantic, f"{count} x not {name}: {reason}")
+
+
+def _positional(node: Node) -> tuple[Any, ...]:
+    """Return all arguments of a call in the order of its op, defaults included."""
+    parameters = match.target(node)._schema.arguments
+    given = [match.arg(node, i, one.name, one.default_value) for i, one in enumerate(parameters)]
+    return tuple(given)
 
 
 def _value(node: Node) -> Any:

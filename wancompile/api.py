@@ -115,8 +115,9 @@ def compile(
     quantized = pipeline.run(
         smoothed, passes.quantization(chosen, stats), dump=dump, consume=consume
     )
-    report = Report(chosen, (), (), (), bytes_before, 0).with_program(quantized)
-    return CompiledModel(quantized, report, getattr(model, "config", None), _dtype_of(model))
+    fused = pipeline.run(quantized, passes.FUSE, dump=dump, consume=True)
+    report = Report(chosen, (), (), (), bytes_before, 0).with_program(fused)
+    return CompiledModel(fused, report, getattr(model, "config", None), _dtype_of(model))
 
 
 def _prepare(

@@ -28,17 +28,17 @@ class CompiledModel(torch.nn.Module):
         report: what was rewritten, what was skipped and why, errors per site.
     """
 
-    def __init__(self, quantized: Program, report: Report, config: Any, dtype: torch.dtype) -> None:
+    def __init__(self, fused: Program, report: Report, config: Any, dtype: torch.dtype) -> None:
         super().__init__()
-        self._quantized = quantized
+        self._fused = fused
         self._dtype = dtype
         self.config = config
         self.report = report
-        self._lower(_device_of(quantized))
+        self._lower(_device_of(fused))
         self.eval()
 
     def _lower(self, device: torch.device) -> None:
-        self.program = pipeline.run(self._quantized, passes.lowering(device))
+        self.program = pipeline.run(self._fused, passes.lowering(device))
         self.report = self.report.with_program(self.program)
         self.graph = self.program.module
         self._device = device
@@ -81,7 +81,7 @@ class CompiledModel(torch.nn.Module):
         if probe.dtype != self._dtype:
             raise TypeError(f"a compiled model keeps its types; it cannot become {probe.dtype}")
         if probe.device != self._device:
-            self._quantized = self._quantized.to(probe.device)
+            self._fused = self._fused.to(probe.device)
             self._lower(probe.device)
         return self
 

@@ -178,7 +178,7 @@ def climb(
         model: with real weights, or on the meta device for levels that compute nothing.
         call: named arguments of one call, which shows the shapes.
         to: the last level wanted.
-        recipe: what QUANTIZED and LOWERED are made with.
+        recipe: what QUANTIZED and the levels after it are made with.
         calibration: calls to observe for smoothing and attention scales; none, no smoothing.
         dynamic: whether batch, frames, height and width stay symbolic.
         dump: a folder for the text of every level and the diff of every pass.
@@ -202,9 +202,11 @@ def climb(
         chosen.check(found[Level.NORMAL].groups)
         steps = (*passes.smoothing(chosen, stats), *passes.quantization(chosen, stats))
         found[Level.QUANTIZED] = pipeline.run(found[Level.NORMAL], steps, probe=probe, dump=dump)
+    if to >= Level.FUSED:
+        found[Level.FUSED] = pipeline.run(found[Level.QUANTIZED], passes.FUSE, dump=dump)
     if to >= Level.LOWERED:
         steps = passes.lowering(next(iter(program.state.values())).device)
-        found[Level.LOWERED] = pipeline.run(found[Level.QUANTIZED], steps, dump=dump)
+        found[Level.LOWERED] = pipeline.run(found[Level.FUSED], steps, dump=dump)
     return found
 
 

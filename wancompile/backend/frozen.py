@@ -67,7 +67,8 @@ class Frozen:
                 program, passes.smoothing(choice.recipe, choice.stats), probe=probe
             )
             program = pipeline.run(program, passes.quantization(choice.recipe, choice.stats))
-            program = pipeline.run(program, passes.lowering(self._device(args)))
+            steps = (*passes.FUSE, *passes.lowering(self._device(args)))
+            program = pipeline.run(program, steps)
         log.info(
             "compiled a graph of %d groups: weights %.1f MB -> %.1f MB",
             len(program.groups),

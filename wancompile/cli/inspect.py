@@ -20,7 +20,8 @@ MADE_FROM = {
     Level.NORMAL: Level.EXPORTED,
     Level.OBSERVED: Level.NORMAL,
     Level.QUANTIZED: Level.NORMAL,
-    Level.LOWERED: Level.QUANTIZED,
+    Level.FUSED: Level.QUANTIZED,
+    Level.LOWERED: Level.FUSED,
 }
 
 _DESCRIPTION = """\
@@ -30,10 +31,11 @@ Print the graph of a model at a level, or the difference between two levels.
   NORMAL     one spelling, groups and folds proved
   OBSERVED   NORMAL with observers for calibration
   QUANTIZED  8-bit linears, and attention if the recipe says so
-  LOWERED    QUANTIZED with a kernel chosen for each op on this machine
+  FUSED      QUANTIZED with norms, rotations and GELUs that round their own output
+  LOWERED    FUSED with a kernel chosen for each op on this machine
 
 Values that belong to a linear or an attention are named after it. QUANTIZED
-and LOWERED compute with weights: give a folder that has some, or --tiny.
+and what follows compute with weights: give a folder that has some, or --tiny.
 """
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -148,6 +149,27 @@ class Draft:
     def set_args(self, node: Node, args: Sequence[Any]) -> None:
         """Give `node` other operands of the same shapes and types."""
         node.args = tuple(args)
+
+    def sort(self) -> None:
+        """Put every node behind what it reads, and otherwise keep the order.
+
+        For passes that let an early node read a late one. Raises RuntimeError on a cycle.
+        """
+        order = match.position(self.graph)
+        waiting = {node: len(set(node.all_input_nodes)) for node in order}
+        ready = [(order[node], node) for node, count in waiting.items() if count == 0]
+        heapq.heapify(ready)
+        last = self.graph._root
+        for _ in order:
+            if not ready:
+                raise RuntimeError("the values of the graph depend on each other in a circle")
+            _, node = heapq.heappop(ready)
+            last.append(node)
+            last = node
+            for user in node.users:
+                waiting[user] -= 1
+                if waiting[user] == 0:
+                    heapq.heappush(ready, (order[user], user))
 
     def erase_dead(self) -> None:
         """Erase nodes nobody reads (calls that write to a tensor stay), and unread state."""

@@ -1,7 +1,7 @@
 """The levels a program goes through, and the verifier of their invariants.
 
     EXPORTED -> NORMAL -> OBSERVED            (calibration)
-                NORMAL -> QUANTIZED -> LOWERED
+                NORMAL -> QUANTIZED -> FUSED -> LOWERED
 
 A level is a set of allowed ops plus invariants; `verify` is run by the runner after every pass.
 """
@@ -33,7 +33,8 @@ class Level(IntEnum):
     NORMAL = 1
     OBSERVED = 2
     QUANTIZED = 3
-    LOWERED = 4
+    FUSED = 4
+    LOWERED = 5
 
 
 _OPERATORS = "add sub mul floordiv mod neg truediv pow eq ne lt le gt ge and_ or_"
@@ -101,6 +102,13 @@ QUANTIZED_OPS: frozenset[Any] = frozenset(
         torch.ops.wancompile.scaled_attention.default,
     }
 )
+FUSED_OPS: frozenset[Any] = QUANTIZED_OPS | {
+    torch.ops.wancompile.add_gated.default,
+    torch.ops.wancompile.gelu_quantize.default,
+    torch.ops.wancompile.norm_quantize.default,
+    torch.ops.wancompile.norm_rotate_quantize.default,
+    torch.ops.wancompile.residual_norm_quantize.default,
+}
 
 
 def _is_kernel(target: Any) -> bool:
@@ -116,9 +124,8 @@ _ALLOWED: dict[Level, Callable[[Any], bool]] = {
     Level.NORMAL: lambda target: target in NORMAL_OPS,
     Level.OBSERVED: lambda target: target in NORMAL_OPS or target in OBSERVER_OPS,
     Level.QUANTIZED: lambda target: target in NORMAL_OPS or target in QUANTIZED_OPS,
-    Level.LOWERED: lambda target: (
-        target in NORMAL_OPS or target in QUANTIZED_OPS or _is_kernel(target)
-    ),
+    Level.FUSED: lambda target: target in NORMAL_OPS or target in FUSED_OPS,
+    Level.LOWERED: lambda target: target in NORMAL_OPS or target in FUSED_OPS or _is_kernel(target),
 }
 
 
@@ -136,14 +143,14 @@ def verify(
 
     Checked: only the level's ops are called; every node that yields a value carries it in
     `meta["val"]`; every constant that is read exists; the placeholders are the `inputs`, and each
-    dimension that may change is still symbolic; and, from NORMAL on, every linear has a site of its
-    own that is in exactly one group or among the ungrouped.
+    dimension that may change is still symbolic; and, from NORMAL to QUANTIZED, every linear has a
+    site of its own that is in exactly one group or among the ungrouped.
     """
     names = set(state)
     for node in graph.nodes:
         _verify_node(node, level, names, pass_name)
     _verify_inputs(graph, inputs, pass_name)
-    if Level.NORMAL <= level < Level.LOWERED:
+    if Level.NORMAL <= level <= Level.QUANTIZED:
         _verify_partition(graph, groups, ungrouped, pass_name)
 
 

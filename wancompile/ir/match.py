@@ -126,6 +126,41 @@ def strip(node: Node, through: Iterable[Any] = CAST_OPS) -> Node:
     return node
 
 
+def widened_from(node: Node) -> Node:
+    """Walk back over casts that lose nothing: from a float to one with as many bits or more."""
+    while is_op(node, *CAST_OPS) and is_tensor(source := args(node)[0]):
+        before, after = val(source).dtype, val(node).dtype
+        if torch.promote_types(before, after) != after or not before.is_floating_point:
+            break
+        node = source
+    return node
+
+
+def narrowed_from(node: Node) -> Node:
+    """Walk back over casts between floats, those that round included."""
+    while is_op(node, *CAST_OPS) and is_tensor(source := args(node)[0]):
+        if not val(source).is_floating_point():
+            break
+        node = source
+    return node
+
+
+def is_read_only_by(node: Node, last: Node) -> bool:
+    """Whether all that reads `node` is `last`, directly or through casts read by nothing else."""
+    while (reader := sole_reader(node)) is not None:
+        if reader is last:
+            return True
+        if not is_op(reader, *CAST_OPS):
+            return False
+        node = reader
+    return False
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return how a recipe calls an 8-bit type."""
+    return {torch.int8: "int8", torch.float8_e4m3fn: "fp8"}.get(dtype, str(dtype))
+
+
 def operands(node: Node) -> tuple[Any, Any]:
     """Return both operands of a binary call."""
     return node.args[0], node.args[1]

@@ -1,0 +1,54 @@
+"""Make a gated residual sum one op where no norm follows that could take it.
+
+Law: `x + y * gate` is one function of its operands, rounded once.
+
+    before                                          after
+    %g = mul(%y, %gate)
+    %s = to(add(to(%x, f32), %g), bf16)             %s = add_gated(%x, %y, %gate, None, None)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from wancompile.ir import match
+from wancompile.ir.edit import Draft
+from wancompile.ir.levels import Level
+from wancompile.passes.residuals import residual_of
+
+aten = torch.ops.aten
+ops = torch.ops.wancompile
+
+
+@dataclass(frozen=True)
+class FuseResidual:
+    """Fuse the gated sums that are left; a sum without a gate is one op as it is."""
+
+    name: ClassVar[str] = "fuse_residual"
+    needs: ClassVar[Level] = Level.FUSED
+    gives: ClassVar[Level] = Level.FUSED
+    exact: ClassVar[bool] = False
+
+    def apply(self, draft: Draft) -> None:
+        """Look behind every cast to the stream's type, and at sums that need none."""
+        for node in match.nodes_of(draft.graph, aten.to.dtype, aten.add.Tensor):
+            if not _is_outermost(node):
+                continue
+            residual = residual_of(node)
+            if residual is None or residual.gate is None:
+                continue
+            draft.did(node, "gate and residual in one op")
+            x, y, gate = residual.x, residual.y, residual.gate
+            draft.replace_call(node, ops.add_gated.default, x, y, gate, None, None)
+
+
+def _is_outermost(node: torch.fx.Node) -> bool:
+    """Whether nothing but the sum's own cast stands between `node` and its readers."""
+    if match.is_op(node, aten.to.dtype):
+        source = match.args(node)[0]
+        return match.is_op(source, aten.add.Tensor) and match.sole_reader(source) is node
+    reader = match.sole_reader(node)
+    return reader is None or not match.is_op(reader, aten.to.dtype)

@@ -1,0 +1,80 @@
+"""Multiply by all weights that meet the same 8-bit input at once.
+
+Law: the columns of a product do not depend on each other, `x [A; B]^T = [x A^T, x B^T]`, bit for
+bit. One large product fills a GPU better than several small ones and reads x once.
+
+    before                                          after
+    %q = scaled_linear(%x, %s, Wq, sq, bq)          %all = scaled_linear(%x, %s, Wqkv, sqkv, bqkv)
+    %k = scaled_linear(%x, %s, Wk, sk, bk)          %q = slice(%all, -1, 0, 64)
+    %v = scaled_linear(%x, %s, Wv, sv, bv)          %k = slice(%all, -1, 64, 128) ...
+
+The slices keep the sites of the linears they stand for.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch.fx import Node
+
+from wancompile.ir import match
+from wancompile.ir.edit import Draft
+from wancompile.ir.levels import Level
+
+aten = torch.ops.aten
+ops = torch.ops.wancompile
+
+
+@dataclass(frozen=True)
+class MergeLinears:
+    """Concatenate the weights of 8-bit linears with a common input."""
+
+    name: ClassVar[str] = "merge_linears"
+    needs: ClassVar[Level] = Level.QUANTIZED
+    gives: ClassVar[Level] = Level.FUSED
+    exact: ClassVar[bool] = True
+
+    def apply(self, draft: Draft) -> None:
+        """Merge, in execution order, the linears of each input that are alike in kind."""
+        alike: dict[tuple[Any, ...], list[Node]] = defaultdict(list)
+        for node in match.nodes_of(draft.graph, ops.scaled_linear.default):
+            if all(match.is_constant(one) for one in _stored(node)):
+                x, x_scale, weight, _, bias, out_dtype = match.args(node)
+                alike[x, x_scale, match.val(weight).dtype, bias is None, out_dtype].append(node)
+        for members in alike.values():
+            if len(members) > 1:
+                _merge(draft, members)
+
+
+def _stored(node: Node) -> list[Any]:
+    _, _, weight, scale, bias, _ = match.args(node)
+    return [weight, scale] if bias is None else [weight, scale, bias]
+
+
+def _merge(draft: Draft, members: Sequence[Node]) -> None:
+    first = members[0]
+    x, x_scale, *_, out_dtype = match.args(first)
+    stored = [_joined(draft, parts, first) for parts in zip(*map(_stored, members), strict=True)]
+    weight, scale, bias = (*stored, None)[:3]
+    both = draft.call(
+        ops.scaled_linear.default, x, x_scale, weight, scale, bias, out_dtype,
+        before=first, like=first,
+    )  # fmt: skip
+    draft.did(first, f"one product for {', '.join(str(match.site(node)) for node in members)}")
+    start = 0
+    for node in members:
+        end = start + match.shape(node)[-1]
+        draft.replace_call(node, aten.slice.Tensor, both, -1, start, end)
+        start = end
+
+
+def _joined(draft: Draft, parts: Sequence[Node], before: Node) -> Node:
+    """Store the parts one after the other; those that nothing else reads are dropped later."""
+    tensors = [draft.state[str(part.target)] for part in parts]
+    kind = torch.result_type(tensors[0], tensors[-1]) if tensors[0].dim() == 1 else tensors[0].dtype
+    name = f"merged.{parts[0].target}"
+    return draft.store(name, torch.cat([one.to(kind) for one in tensors]), before=before)
