@@ -15,6 +15,7 @@ Later readers of the sum read it from the op. Without a residual before the norm
 
 from __future__ import annotations
 
+import itertools
 import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -26,7 +27,8 @@ from torch.fx import Node
 from wancompile.ir import match
 from wancompile.ir.edit import Draft
 from wancompile.ir.levels import Level
-from wancompile.passes.residuals import Residual, is_modulation, residual_of
+from wancompile.passes.modulations import common_rows, split
+from wancompile.passes.residuals import is_modulation, residual_of
 
 aten = torch.ops.aten
 ops = torch.ops.wancompile
@@ -120,24 +122,25 @@ def _obstacle(norm: _Norm, node: Node) -> str:
 
 def _fuse(draft: Draft, node: Node, norm: _Norm, position: Mapping[Node, int]) -> None:
     _, inv_smooth, dtype = match.args(node)
-    operands = [norm.weight, None, norm.bias, None, None, norm.eps, inv_smooth, dtype]
     residual = residual_of(norm.x)
-    if residual is None or _depends(operands, norm.x, position):
+    if residual is not None and _depends([norm.weight, norm.bias], norm.x, position):
+        residual = None
+    gate = residual.gate if residual is not None else None
+    splits = [split(draft, one, node) for one in (gate, norm.weight, norm.bias)]
+    gating, *modulating = ((one.value, one.offset) for one in splits)
+    rows = common_rows(draft, splits, node)
+    operands = [*itertools.chain(*modulating), rows, norm.eps, inv_smooth, dtype]
+    if residual is None:
         draft.did(node, f"norm rounds to {match.dtype_name(dtype)}")
         draft.replace_call(node, ops.norm_quantize.default, norm.x, *operands)
         return
     draft.did(node, f"residual, norm and modulation round to {match.dtype_name(dtype)}")
-    _fuse_residual(draft, node, norm.x, residual, operands)
+    _fuse_residual(draft, node, norm.x, [residual.x, residual.y, *gating, *operands])
 
 
-def _fuse_residual(
-    draft: Draft, node: Node, total: Node, residual: Residual, operands: list[Any]
-) -> None:
+def _fuse_residual(draft: Draft, node: Node, total: Node, operands: list[Any]) -> None:
     call = draft.call
-    fused = call(
-        ops.residual_norm_quantize.default,
-        residual.x, residual.y, residual.gate, None, *operands, before=node, like=node,
-    )  # fmt: skip
+    fused = call(ops.residual_norm_quantize.default, *operands, before=node, like=node)
     new_total, q, scale = (
         call(operator.getitem, fused, i, before=node, like=like)
         for i, like in ((0, total), (1, node), (2, node))
@@ -148,9 +151,9 @@ def _fuse_residual(
     draft.graph.erase_node(node)
 
 
-def _depends(operands: list[Any], total: Node, position: Mapping[Node, int]) -> bool:
+def _depends(operands: list[Node | None], total: Node, position: Mapping[Node, int]) -> bool:
     """Whether some operand is computed from `total`; nodes before it cannot be."""
-    todo = [one for one in operands if isinstance(one, Node)]
+    todo = [one for one in operands if one is not None]
     while todo:
         one = todo.pop()
         if one is total:

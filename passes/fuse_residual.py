@@ -17,6 +17,7 @@ import torch
 from wancompile.ir import match
 from wancompile.ir.edit import Draft
 from wancompile.ir.levels import Level
+from wancompile.passes.modulations import common_rows, split
 from wancompile.passes.residuals import residual_of
 
 aten = torch.ops.aten
@@ -41,8 +42,10 @@ class FuseResidual:
             if residual is None or residual.gate is None:
                 continue
             draft.did(node, "gate and residual in one op")
-            x, y, gate = residual.x, residual.y, residual.gate
-            draft.replace_call(node, ops.add_gated.default, x, y, gate, None, None)
+            gate = split(draft, residual.gate, node)
+            rows = common_rows(draft, [gate], node)
+            operands = residual.x, residual.y, gate.value, gate.offset, rows
+            draft.replace_call(node, ops.add_gated.default, *operands)
 
 
 def _is_outermost(node: torch.fx.Node) -> bool:

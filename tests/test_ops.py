@@ -72,6 +72,8 @@ OPCHECKS = [
     (ops.residual_norm_quantize, (*stream(2, 3, 8), *modulation(2, 3, 8), INT8)),
     (ops.residual_norm_quantize, (*stream(1, 1, 8), *[None] * 5, 1e-6, None, FP8)),
     (ops.add_gated, (*stream(2, 3, 8), None)),
+    (ops.repeated_rows, (torch.randint(0, 2, (2, 5, 1)).expand(2, 5, 3),)),
+    (ops.repeated_rows, (torch.randn(1, 1, 2, 3, dtype=torch.bfloat16),)),
     *[(ops.norm_rotate_quantize, rotary_args(d)) for d in DTYPES],
     (ops.norm_rotate_quantize, rotary_args(INT8, weight=False, shift=True)),
 ]
@@ -373,3 +375,20 @@ def test_scaled_attention_rounds_float_values(wide):
 def test_fused_ops_refuse_other_arguments(op, args, what):
     with pytest.raises(InputError, match=what):
         op(*args)
+
+
+@pytest.mark.parametrize("elements", [1, 100, chunk.CPU_ELEMENTS])
+def test_repeated_rows_point_at_the_first_of_their_run(elements, monkeypatch):
+    monkeypatch.setattr(chunk, "CPU_ELEMENTS", elements)
+    kinds = torch.tensor([[3, 3, 5, 5, 5, 3, 3, 7], [1, 2, 2, 2, 2, 2, 2, 2]])
+    table = torch.randn(8, 2, 6, dtype=torch.bfloat16)
+    x = table[kinds]
+    found = ops.repeated_rows(x)
+    assert found.tolist() == [[0, 0, 2, 2, 2, 5, 5, 7], [0, 1, 1, 1, 1, 1, 1, 1]]
+    assert torch.equal(x.take_along_dim(found.long()[..., None, None], 1), x)
+
+
+def test_rows_with_nan_repeat_nothing():
+    x = torch.zeros(1, 4, 3)
+    x[0, 1:3, 1] = torch.nan
+    assert ops.repeated_rows(x).tolist() == [[0, 1, 2, 3]]

@@ -12,6 +12,7 @@ from wancompile.ops.norm import add_gated, norm_quantize, residual_norm_quantize
 from wancompile.ops.observe import observe_channels, observe_heads
 from wancompile.ops.quantize import quantize_per_head, quantize_per_token
 from wancompile.ops.rotary import norm_rotate_quantize
+from wancompile.ops.rows import repeated_rows
 
 __all__ = [
     "add_gated",
@@ -22,6 +23,7 @@ __all__ = [
     "observe_heads",
     "quantize_per_head",
     "quantize_per_token",
+    "repeated_rows",
     "residual_norm_quantize",
     "scaled_attention",
     "scaled_linear",
