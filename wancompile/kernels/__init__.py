@@ -13,9 +13,17 @@ from torch._ops import OpOverload
 from wancompile.kernels.base import Kernel
 from wancompile.kernels.torch_attention import ATTENTION_DEQUANTIZE_SDPA
 from wancompile.kernels.torch_linear import FP8_LINEAR_SCALED_MM, INT8_LINEAR_INT_MM
+from wancompile.kernels.triton_activation import GELU_QUANTIZE_TRITON
 from wancompile.kernels.triton_attention import ATTENTION_TRITON
 from wancompile.kernels.triton_linear import LINEAR_TRITON
+from wancompile.kernels.triton_norm import (
+    ADD_GATED_TRITON,
+    NORM_QUANTIZE_TRITON,
+    RESIDUAL_NORM_QUANTIZE_TRITON,
+    RMS_NORM_TRITON,
+)
 from wancompile.kernels.triton_quantize import QUANTIZE_PER_HEAD_TRITON, QUANTIZE_PER_TOKEN_TRITON
+from wancompile.kernels.triton_rotary import NORM_ROTATE_QUANTIZE_TRITON
 
 KERNELS: tuple[Kernel, ...] = (
     LINEAR_TRITON,
@@ -23,6 +31,12 @@ KERNELS: tuple[Kernel, ...] = (
     INT8_LINEAR_INT_MM,
     QUANTIZE_PER_TOKEN_TRITON,
     QUANTIZE_PER_HEAD_TRITON,
+    GELU_QUANTIZE_TRITON,
+    NORM_ROTATE_QUANTIZE_TRITON,
+    NORM_QUANTIZE_TRITON,
+    RESIDUAL_NORM_QUANTIZE_TRITON,
+    ADD_GATED_TRITON,
+    RMS_NORM_TRITON,
     ATTENTION_TRITON,
     ATTENTION_DEQUANTIZE_SDPA,
 )

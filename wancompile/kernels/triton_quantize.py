@@ -24,13 +24,11 @@ def quantize_per_token_triton(
     check_per_token(x, inv_smooth, dtype)
     q = x.new_empty(x.shape, dtype=dtype)
     scale = x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
-    rows = x.reshape(-1, x.shape[-1])
-    if rows.numel():
+    if q.numel():
         from wancompile.kernels.jit import quantize
 
-        rows = rows if rows.stride(1) == 1 else rows.contiguous()
         smooth = None if inv_smooth is None else inv_smooth.contiguous()
-        quantize.launch_per_token(rows, smooth, q, scale)
+        quantize.launch_per_token(as_rows(x), smooth, q, scale)
     return q, scale
 
 
@@ -50,24 +48,32 @@ quantize_per_token_triton.register_fake(fake_quantize_per_token)
 quantize_per_head_triton.register_fake(fake_quantize_per_head)
 
 
-def _supports_per_token(device: torch.device, args: tuple[object, ...]) -> str | None:
-    return _refuses(device, args, "K", _MOST_CHANNELS)
+def as_rows(x: Tensor) -> Tensor:
+    """`x [..., K]` as `[M, K]` without gaps inside rows; copied only where no view is that."""
+    rows = x.reshape(-1, x.shape[-1])
+    return rows if rows.stride(1) == 1 else rows.contiguous()
 
 
-def _supports_per_head(device: torch.device, args: tuple[object, ...]) -> str | None:
-    return _refuses(device, args, "the head size", _MOST_HEAD_CHANNELS)
+def lacks_type(device: torch.device, dtype: object) -> str | None:
+    """The reason why a Triton kernel that rounds to `dtype` cannot run on `device`."""
+    return lacks_triton_device(device, (8, 9) if dtype == FP8 else (8, 0))
 
 
-def _refuses(device: torch.device, args: tuple[object, ...], name: str, most: int) -> str | None:
-    x, _, dtype = args
+def lacks_row(x: object, name: str = "K", most: int = _MOST_CHANNELS) -> str | None:
+    """The reason why a kernel that keeps the last dim of `x` in registers does not take it."""
     assert isinstance(x, Tensor)
     channels = x.shape[-1]
-    reason = lacks_triton_device(device, (8, 9) if dtype == FP8 else (8, 0))
-    if reason is not None:
-        return reason
     if not isinstance(channels, int):
         return f"{name} is not static"
     return None if channels <= most else f"{name}={channels} is more than {most}"
+
+
+def _supports_per_token(device: torch.device, args: tuple[object, ...]) -> str | None:
+    return lacks_type(device, args[2]) or lacks_row(args[0])
+
+
+def _supports_per_head(device: torch.device, args: tuple[object, ...]) -> str | None:
+    return lacks_type(device, args[2]) or lacks_row(args[0], "the head size", _MOST_HEAD_CHANNELS)
 
 
 QUANTIZE_PER_TOKEN_TRITON = Kernel(

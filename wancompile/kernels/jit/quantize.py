@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from wancompile.quant.numerics import INT8, QMAX, SMALLEST_SCALE
+from wancompile.kernels.jit.rows import (
+    load_row,
+    quantize_row,
+    quantized_kind,
+    row_shape,
+    saturate,
+    smooth_row,
+    to_8bit,
+    widen_row,
+)
+from wancompile.quant.numerics import INT8, QMAX
 
 _HEAD_TOKENS = 64
-
-
-@triton.jit
-def _to_8bit(steps, QMAX: tl.constexpr, IS_INT8: tl.constexpr):
-    """Saturate and round half to even; e4m3 keeps NaN, int8 makes it 0."""
-    steps = tl.clamp(steps, -QMAX, QMAX, propagate_nan=tl.PropagateNan.ALL)
-    if IS_INT8:
-        # Around 1.5 * 2**23 the step of fp32 is 1: the sum is rounded, its low byte is the integer.
-        rounded = (steps + 12582912.0).to(tl.int32, bitcast=True).to(tl.int8)
-    else:
-        rounded = steps.to(tl.float8e4nv)
-    return rounded
 
 
 @triton.jit
@@ -32,25 +29,16 @@ def _per_token(
     scales,
     x_stride,
     K: tl.constexpr,
-    BLOCK: tl.constexpr,
-    HAS_SMOOTH: tl.constexpr,
+    CHUNK: tl.constexpr,
     IS_INT8: tl.constexpr,
     QMAX: tl.constexpr,
     SMALLEST: tl.constexpr,
 ):
     """One program quantizes one row, which it reads once."""
     row = tl.program_id(0).to(tl.int64)
-    column = tl.arange(0, BLOCK)
-    value = tl.load(x + row * x_stride + column, mask=column < K, other=0.0).to(tl.float32)
-    if HAS_SMOOTH:
-        value *= tl.load(inv_smooth + column, mask=column < K, other=0.0)
-    # As integers, the magnitudes of floats have the same order, with NaN above infinity.
-    magnitude = value.to(tl.int32, bitcast=True) & 0x7FFFFFFF
-    scale = tl.div_rn(tl.max(magnitude, 0).to(tl.float32, bitcast=True), QMAX)
-    scale = tl.where(scale < SMALLEST, SMALLEST, scale)
-    steps = tl.div_rn(value, tl.broadcast_to(scale, (BLOCK,)))
-    tl.store(out + row * K + column, _to_8bit(steps, QMAX, IS_INT8), mask=column < K)
-    tl.store(scales + row, scale)
+    values = widen_row(load_row(x + row * x_stride, K, CHUNK))
+    values = smooth_row(values, inv_smooth, K, CHUNK)
+    quantize_row(values, out + row * K, scales + row, K, CHUNK, IS_INT8, QMAX, SMALLEST)
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -60,28 +48,24 @@ def _per_head(
     out,
     tokens,
     heads,
-    batch_stride,
-    head_stride,
-    token_stride,
-    channel_stride,
+    strides,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_S: tl.constexpr,
     IS_INT8: tl.constexpr,
     QMAX: tl.constexpr,
 ):
-    """One program quantizes `BLOCK_S` tokens of one head."""
+    """One program quantizes `BLOCK_S` tokens of one head; `strides` are those of x."""
     both = tl.program_id(1)
     batch, head = (both // heads).to(tl.int64), (both % heads).to(tl.int64)
     token = tl.program_id(0) * BLOCK_S + tl.arange(0, BLOCK_S)[:, None].to(tl.int64)
     channel = tl.arange(0, BLOCK_D)[None, :]
     inside = (token < tokens) & (channel < D)
-    start = x + batch * batch_stride + head * head_stride
-    value = tl.load(start + token * token_stride + channel * channel_stride, mask=inside, other=0.0)
-    scale = tl.broadcast_to(tl.load(scales + head), (BLOCK_S, BLOCK_D))
-    steps = tl.div_rn(value.to(tl.float32), scale)
+    start = x + batch * strides[0] + head * strides[1]
+    value = tl.load(start + token * strides[2] + channel * strides[3], mask=inside, other=0.0)
+    steps = value.to(tl.float32) * tl.div_rn(1.0, tl.load(scales + head))
     to = out + both.to(tl.int64) * tokens * D + token * D + channel
-    tl.store(to, _to_8bit(steps, QMAX, IS_INT8), mask=inside)
+    tl.store(to, to_8bit(saturate(steps, QMAX), IS_INT8), mask=inside)
 
 
 def launch_per_token(x: Tensor, inv_smooth: Tensor | None, out: Tensor, scale: Tensor) -> None:
@@ -94,19 +78,18 @@ def launch_per_token(x: Tensor, inv_smooth: Tensor | None, out: Tensor, scale: T
         scale: M fp32 numbers, contiguous.
     """
     rows, columns = x.shape
-    block = triton.next_power_of_2(columns)
+    shape = row_shape(columns)
     _per_token[(rows,)](
         x,
-        scale if inv_smooth is None else inv_smooth,
+        inv_smooth,
         out,
         scale,
         x.stride(0),
         K=columns,
-        BLOCK=block,
-        HAS_SMOOTH=inv_smooth is not None,
-        SMALLEST=SMALLEST_SCALE,
-        num_warps=min(16, max(1, block // 1024)),
-        **_kind(out.dtype),
+        CHUNK=shape.chunk,
+        num_warps=shape.warps,
+        enable_fp_fusion=False,  # a product that is not rounded would move ties
+        **quantized_kind(out.dtype),
     )
 
 
@@ -125,13 +108,11 @@ def launch_per_head(x: Tensor, scale: Tensor, out: Tensor) -> None:
         out,
         tokens,
         heads,
-        *x.stride(),
+        x.stride(),
         D=channels,
         BLOCK_D=triton.next_power_of_2(channels),
         BLOCK_S=_HEAD_TOKENS,
-        **_kind(out.dtype),
+        IS_INT8=out.dtype == INT8,
+        QMAX=float(QMAX[out.dtype]),
+        enable_fp_fusion=False,
     )
-
-
-def _kind(dtype: torch.dtype) -> dict[str, bool | float]:
-    return {"IS_INT8": dtype == INT8, "QMAX": float(QMAX[dtype])}

@@ -1,0 +1,87 @@
+import pytest
+import torch
+
+from wancompile import ops
+from wancompile.kernels.triton_rotary import norm_rotate_quantize_triton
+from wancompile.quant.numerics import FP8, INT8, QMAX
+
+DTYPES = [INT8, FP8]
+SHAPES = [  # batch, tokens, heads, head size
+    (1, 1, 1, 2),
+    (2, 5, 3, 8),
+    (1, 3, 12, 128),
+    (1, 2, 40, 128),
+    (2, 127, 2, 16),
+    (1, 3, 5, 40),
+]
+
+
+def args(dtype, batch, tokens, heads, size, shift=True, weight=True, source=torch.bfloat16):
+    x = torch.randn(batch, tokens, heads * size)
+    x[..., ::7] *= 20
+    angle = torch.rand(tokens, size // 2) * 6
+    return (
+        x.to(source),
+        (torch.rand(heads * size) + 0.5).to(source) if weight else None,
+        1e-6,
+        angle.cos(),
+        angle.sin(),
+        torch.randn(heads, size) if shift else None,
+        (torch.rand(heads) + 0.5) * 4 / QMAX[dtype],  # small enough that outliers saturate
+        dtype,
+    )
+
+
+def alike(ours, plain, dtype):
+    """A value may fall to the other side of a tie, a few do."""
+    step = 1 if dtype == INT8 else plain.float().abs() / 8 + 2**-9
+    difference = (ours.float() - plain.float()).abs()
+    assert ours.is_contiguous()
+    assert (difference <= step).all()
+    assert (difference > 0).float().mean() < 1e-3 + 2 / difference.numel()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shift", [True, False])
+def test_rotation_is_the_plain_body(dtype, shape, shift):
+    given = args(dtype, *shape, shift=shift)
+    alike(norm_rotate_quantize_triton(*given), ops.norm_rotate_quantize(*given), dtype)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("weight", [True, False])
+def test_rotation_is_near_complex_float64(shape, weight):
+    batch, tokens, heads, _ = shape
+    given = args(INT8, *shape, weight=weight, source=torch.float32)
+    x, w, eps, cos, sin, shift, scale, _ = given
+    y = x.double() / (x.double().square().mean(-1, keepdim=True) + eps).sqrt()
+    y = y if w is None else y * w.double()
+    turned = torch.view_as_complex(y.view(batch, tokens, heads, -1, 2))
+    turned = turned * torch.complex(cos.double(), sin.double())[:, None]
+    exact = torch.view_as_real(turned).flatten(-2) - shift
+    steps = (exact / scale.double()[:, None]).clamp(-127, 127).transpose(1, 2)
+    assert ((norm_rotate_quantize_triton(*given) - steps).abs() <= 0.5 + 1e-3).all()
+
+
+def test_a_slice_of_a_merged_projection_and_interleaved_angles_are_read_in_place():
+    x, w, eps, cos, sin, shift, scale, dtype = args(INT8, 2, 3, 4, 16)
+    merged = torch.cat([x * 3, x, x - 1], -1)
+    angles = torch.stack([cos, sin], -1)
+    given = w, eps, angles[..., 0], angles[..., 1], shift, scale, dtype
+    out = norm_rotate_quantize_triton(merged[..., 64:128], *given)
+    assert torch.equal(out, norm_rotate_quantize_triton(x, w, eps, cos, sin, shift, scale, dtype))
+
+
+def test_nan_reaches_its_token_only():
+    given = args(FP8, 1, 3, 2, 16)
+    given[0][0, 1, 20] = torch.nan
+    nan = norm_rotate_quantize_triton(*given).float().isnan()
+    assert nan.all(-1).all(1)[0].tolist() == [False, True, False]
+    assert nan.sum() == 32
+
+
+def test_no_tokens_give_no_output():
+    x, w, eps, cos, sin, *rest = args(INT8, 2, 3, 4, 16)
+    out = norm_rotate_quantize_triton(x[:, :0], w, eps, cos[:0], sin[:0], *rest)
+    assert out.shape == (2, 4, 0, 16)
