@@ -11,6 +11,8 @@ nothing is rounded to 16 bits in between, and a kernel passes over memory once.
     %b = add(mul(%e, %sin), mul(%o, %cos))
     %r = permute(reshape(stack([%a, %b], 4), [b, s, 8, 16]), [0, 2, 1, 3])
     %q = quantize_per_head(%r, scale, i8)           %q = norm_rotate_quantize(%x, w, %cos, ...)
+
+A stored vector that is subtracted before rounding is taken up by the op.
 """
 
 from __future__ import annotations
@@ -53,17 +55,21 @@ class FuseRotary:
             cos, sin = (angles.flat(one, node) for one in (found.cos, found.sin))
             _, scale, dtype = match.args(node)
             draft.did(node, f"norm and rotation round to {match.dtype_name(dtype)}")
-            draft.replace_call(
-                node, ops.norm_rotate_quantize.default, x, weight, eps, cos, sin, None, scale, dtype
-            )
+            shift = _stored_shift(draft, found.shift, node)
+            operands = (x, weight, eps, cos, sin, shift, scale, dtype)
+            draft.replace_call(node, ops.norm_rotate_quantize.default, *operands)
 
 
 class _Rotation(NamedTuple):
-    """`normed` is (x `[B, S, C]`, weight, eps); the angles are `[1, S, 1, D / 2]`."""
+    """`normed` is (x `[B, S, C]`, weight, eps); the angles are `[1, S, 1, D / 2]`.
+
+    `shift` is a stored `[H, 1, D]` that is subtracted after the rotation, or None.
+    """
 
     normed: tuple[Node, Node | None, float]
     cos: Node
     sin: Node
+    shift: Node | None
 
 
 @dataclass
@@ -85,7 +91,7 @@ class _Angles:
 
 def _rotation_behind(node: Node) -> _Rotation | str:
     """Return what a quantise op per head reads, or why it cannot be fused."""
-    value = match.args(node)[0]
+    value, shift = _unshifted(match.args(node)[0])
     if not match.is_op(value, aten.permute.default) or list(match.args(value)[1]) != [0, 2, 1, 3]:
         return "its heads are not laid out as [B, S, H, D] before"
     stack = match.strip(match.args(value)[0], _VIEWS)
@@ -103,7 +109,26 @@ def _rotation_behind(node: Node) -> _Rotation | str:
     normed = _normed(pairs)
     if normed is None:
         return "there is no RMSNorm over all heads before the rotation"
-    return _Rotation(normed, cos, sin)
+    return _Rotation(normed, cos, sin, shift)
+
+
+def _unshifted(value: Node) -> tuple[Node, Node | None]:
+    if not match.is_op(value, aten.sub.Tensor):
+        return value, None
+    rotated, shift = match.operands(value)
+    if not match.is_constant(shift) or not match.is_tensor(rotated) or match.rank(rotated) != 4:
+        return value, None
+    _, heads, _, channels = match.shape(rotated)
+    is_vector = tuple(match.shape(shift)) == (heads, 1, channels)
+    return (rotated, shift) if is_vector else (value, None)
+
+
+def _stored_shift(draft: Draft, shift: Node | None, before: Node) -> Node | None:
+    """Return `shift` as `[H, D]`."""
+    if shift is None:
+        return None
+    tensor = draft.state[str(shift.target)]
+    return draft.store(f"{shift.target}_flat", tensor.flatten(0, 1), before=before)
 
 
 def _turned(a: Node, b: Node) -> tuple[Node, Node, Node, Node] | None:

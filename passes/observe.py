@@ -78,10 +78,17 @@ class Observe:
     def _observe_heads(self, draft: Draft, attention: Attention, node: Node) -> None:
         for operand, value in zip("qkv", match.args(node)[:3], strict=True):
             x = match.val(value)
-            amax = torch.zeros(self.labels, x.shape[1], x.shape[3], device=x.device)
-            stored = draft.store(buffer_name(attention.site, operand), amax, before=node)
+            shape = (self.labels, x.shape[1], x.shape[3])
+            stored = [
+                draft.store(
+                    buffer_name(attention.site, f"{operand}.{part}"),
+                    torch.full(shape, start, device=x.device),
+                    before=node,
+                )
+                for part, start in (("low", torch.inf), ("high", -torch.inf))
+            ]
             label = _label(draft, x.device, node)
-            draft.call(ops.observe_heads.default, value, stored, label, before=node, like=node)
+            draft.call(ops.observe_heads.default, value, *stored, label, before=node, like=node)
         draft.did(attention.site, "q, k, v observed")
 
 

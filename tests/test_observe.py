@@ -94,7 +94,7 @@ def test_the_program_before_has_no_buffers():
 def test_only_self_attention_has_head_observers():
     before, _ = model("i2v", layers=1)
     after = run_pass(before, Observe())
-    seen = {a.site for a in after.attentions if buffer_name(a.site, "q") in after.state}
+    seen = {a.site for a in after.attentions if buffer_name(a.site, "q.low") in after.state}
     assert seen == {a.site for a in after.attentions if a.is_self}
     assert 0 < len(seen) < len(after.attentions)
 

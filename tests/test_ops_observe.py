@@ -28,11 +28,16 @@ class Buffers:
         return self.sample[self.priority.isfinite()]
 
 
+def bounds(*shape: int) -> tuple[Tensor, Tensor]:
+    """The range of nothing."""
+    return torch.full(shape, torch.inf), torch.full(shape, -torch.inf)
+
+
 def test_observers_are_good_library_ops():
     b = Buffers(5)
     args = (torch.randn(2, 3, 5), b.amax, b.count, b.sample, b.priority, torch.tensor(1), 7)
     torch.library.opcheck(ops.observe_channels, args)
-    heads = (torch.randn(2, 3, 4, 5), torch.zeros(2, 3, 5), torch.tensor(1))
+    heads = (torch.randn(2, 3, 4, 5), *bounds(2, 3, 5), torch.tensor(1))
     torch.library.opcheck(ops.observe_heads, heads)
 
 
@@ -62,10 +67,11 @@ def test_nan_and_infinity_stay_in_amax(broken):
     x[2, 1] = -broken
     b = Buffers(3).watch(x).watch(torch.ones(4, 3))
     assert b.amax[0].isfinite().tolist() == [True, False, True]
-    heads = torch.zeros(1, 2, 3)
+    low, high = bounds(1, 2, 3)
     for value in (x.reshape(1, 2, 2, 3), torch.ones(1, 2, 2, 3)):
-        ops.observe_heads(value, heads, torch.tensor(0))
-    assert heads[0].isfinite().tolist() == [[True] * 3, [True, False, True]]
+        ops.observe_heads(value, low, high, torch.tensor(0))
+    both = low[0].isfinite() & high[0].isfinite()
+    assert both.tolist() == [[True] * 3, [True, False, True]]
 
 
 def test_padding_counts_once_in_each_batch_element():
@@ -144,17 +150,19 @@ def test_low_precision_rows_are_sampled_as_they_are(dtype):
     assert torch.equal(b.amax[0], x.abs().amax(0).float())
 
 
-def test_observe_heads_keeps_maxima_per_head_and_channel():
-    x = torch.randn(2, 3, 5, 4).transpose(2, 3)
-    amax = torch.zeros(4, 3, 5)
-    ops.observe_heads(x, amax, torch.tensor(1))
-    ops.observe_heads(x / 2, amax, torch.tensor(1))
-    assert torch.equal(amax[1], x.abs().amax((0, 2)))
-    assert not amax[[0, 2, 3]].any()
+def test_observe_heads_keeps_the_range_per_head_and_channel():
+    x = torch.randn(2, 3, 5, 4).transpose(2, 3) + 3
+    low, high = bounds(4, 3, 5)
+    ops.observe_heads(x, low, high, torch.tensor(1))
+    ops.observe_heads(x / 2, low, high, torch.tensor(1))
+    both = torch.cat([x, x / 2])
+    assert torch.equal(high[1], both.amax((0, 2)))
+    assert torch.equal(low[1], both.amin((0, 2)))
+    assert not low[[0, 2, 3]].isfinite().any()
 
 
 def test_buffers_that_do_not_fit_are_named():
     with pytest.raises(InputError, match="observe_channels needs"):
         Buffers(4).watch(torch.randn(2, 3))
     with pytest.raises(InputError, match="observe_heads needs"):
-        ops.observe_heads(torch.randn(1, 2, 3, 4), torch.zeros(2, 3), torch.tensor(0))
+        ops.observe_heads(torch.randn(1, 2, 3, 4), *bounds(2, 3), torch.tensor(0))

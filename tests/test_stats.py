@@ -33,12 +33,13 @@ def observed(x, seed, label=0, size=8):
 
 
 def run(x, seed, calls=1):
-    heads = {(ATTENTION, "q"): HeadStats(x[:2].abs().reshape(1, 1, -1))}
+    rows = x[:2].reshape(2, 1, -1)
+    heads = {(ATTENTION, "q"): HeadStats(rows.amin(0, keepdim=True), rows.amax(0, keepdim=True))}
     return Stats({SITE: observed(x, seed)}, heads, (0.0, 500.0, 1000.0), calls, (seed,))
 
 
 def same(a, b):
-    """Whether two channel statistics hold the same numbers."""
+    """Whether two statistics hold the same numbers."""
     return all(torch.equal(getattr(a, name), getattr(b, name)) for name in vars(a))
 
 
@@ -102,7 +103,7 @@ def test_two_halves_merge_into_one_run():
         assert torch.equal(two.channels[site].amax, expected.amax)
         assert torch.equal(two.channels[site].count, expected.count)
     assert one.heads.keys() == two.heads.keys()
-    assert all(torch.equal(two.heads[key].amax, one.heads[key].amax) for key in one.heads)
+    assert all(same(two.heads[key], one.heads[key]) for key in one.heads)
 
 
 def test_the_same_seed_is_refused():
@@ -120,7 +121,7 @@ def test_the_same_seed_is_refused():
         lambda stats: replace(stats, channels={Site("other"): stats.channels[SITE]}),
         lambda stats: replace(stats, channels={SITE: observed(torch.randn(4, 6), 2)}),
         lambda stats: replace(stats, heads={}),
-        lambda stats: replace(stats, heads={(ATTENTION, "q"): HeadStats(torch.ones(1, 1, 3))}),
+        lambda stats: replace(stats, heads={(ATTENTION, "q"): HeadStats(*torch.ones(2, 1, 1, 3))}),
     ],
     ids=["ranges", "sites", "widths", "no heads", "head widths"],
 )
@@ -146,7 +147,7 @@ def test_what_is_saved_comes_back(tmp_path, dtype):
     assert all(same(back.channels[site], channels[site]) for site in channels)
     assert back.channels[SITE].sample.dtype == dtype
     assert back.heads.keys() == {(ATTENTION, "q")}
-    assert torch.equal(back.heads[ATTENTION, "q"].amax, stats.heads[ATTENTION, "q"].amax)
+    assert same(back.heads[ATTENTION, "q"], stats.heads[ATTENTION, "q"])
 
 
 def test_what_calibration_learned_can_be_saved(tmp_path):
@@ -206,3 +207,13 @@ def saved_tensors(path):
     run(torch.randn(5, 4), 1).save(path)
     with safe_open(str(path), framework="pt") as file:
         return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+
+def test_the_range_of_a_head_spans_all_timesteps():
+    unseen = torch.full((1, 2), torch.inf)
+    low = torch.stack([torch.tensor([[-1.0, 2.0]]), unseen, torch.tensor([[-3.0, 4.0]])])
+    high = torch.stack([torch.tensor([[2.0, 3.0]]), -unseen, torch.tensor([[1.0, 8.0]])])
+    heads = HeadStats(low, high)
+    assert heads.amax.tolist() == [[3.0, 8.0]]
+    assert heads.middle.tolist() == [[-0.5, 5.0]]
+    assert heads.half_width.tolist() == [[2.5, 3.0]]

@@ -57,9 +57,9 @@ class Calibration:
         return Stats(
             channels={site: self._channel(site) for site in self._observer_sites()},
             heads={
-                (attention.site, operand): HeadStats(self._buffer(attention.site, operand).clone())
+                (attention.site, operand): self._head(attention.site, operand)
                 for attention in self._observed.attentions
-                if buffer_name(attention.site, "q") in self._observed.state
+                if buffer_name(attention.site, "q.low") in self._observed.state
                 for operand in "qkv"
             },
             edges=tuple(step * index for index in range(self._labels + 1)),
@@ -76,6 +76,10 @@ class Calibration:
     def _channel(self, site: Any) -> ChannelStats:
         parts = ("amax", "count", "sample", "priority")
         return ChannelStats(*(self._buffer(site, part).clone() for part in parts))
+
+    def _head(self, site: Any, operand: str) -> HeadStats:
+        bounds = (self._buffer(site, f"{operand}.{part}").clone() for part in ("low", "high"))
+        return HeadStats(*bounds)
 
     def _set_label(self, tensors: list[torch.Tensor]) -> None:
         """Point the observers at the range of this call's timestep.

@@ -66,25 +66,31 @@ def fake_observe_channels(
     _check_channels(x, amax, count, sample, priority, label)
 
 
-@torch.library.custom_op("wancompile::observe_heads", mutates_args=("amax",))
-def observe_heads(x: Tensor, amax: Tensor, label: Tensor) -> None:
-    """Raise line `label` of `amax [L, H, D]` (fp32) to the largest magnitudes of `x` over tokens.
+@torch.library.custom_op("wancompile::observe_heads", mutates_args=("low", "high"))
+def observe_heads(x: Tensor, low: Tensor, high: Tensor, label: Tensor) -> None:
+    """Record the range of `x` over tokens.
 
-    Per channel, not per head: smoothing scales the channels of v after it was observed.
+    Per channel, not per head: smoothing scales the channels of v after it was observed, and from
+    each channel of k the middle of its range may be subtracted.
 
     Args:
         x: `[B, H, S, D]`, any float dtype.
-        amax: `[L, H, D]` fp32, starts at 0. A NaN stays NaN for good.
+        low: `[L, H, D]` fp32, starts at +infinity. Line `label` falls to the smallest values. A NaN
+            stays NaN for good.
+        high: `[L, H, D]` fp32, starts at -infinity. Line `label` rises to the largest values.
         label: int64 scalar tensor.
     """
-    _check_heads(x, amax, label)
-    _raise_line(amax, label.reshape(1), absmax(x, (0, 2)))
+    _check_heads(x, low, high, label)
+    line = label.reshape(1)
+    _raise_line(high, line, x.amax((0, 2)))
+    lowered = torch.minimum(low.index_select(0, line), x.amin((0, 2)).to(low.dtype))
+    low.index_copy_(0, line, lowered)
 
 
 @observe_heads.register_fake
-def fake_observe_heads(x: Tensor, amax: Tensor, label: Tensor) -> None:
+def fake_observe_heads(x: Tensor, low: Tensor, high: Tensor, label: Tensor) -> None:
     """Checks only: `observe_heads` returns nothing."""
-    _check_heads(x, amax, label)
+    _check_heads(x, low, high, label)
 
 
 def _raise_line(amax: Tensor, line: Tensor, values: Tensor) -> None:
@@ -156,9 +162,9 @@ def _check_channels(
     require(fits, "observe_channels", need, x, amax, count, sample, priority, label)
 
 
-def _check_heads(x: Tensor, amax: Tensor, label: Tensor) -> None:
-    fits = x.dim() == 4 and amax.dim() == 3 and amax.shape[1:] == (x.shape[1], x.shape[3])
+def _check_heads(x: Tensor, low: Tensor, high: Tensor, label: Tensor) -> None:
+    fits = x.dim() == 4 and high.dim() == 3 and high.shape[1:] == (x.shape[1], x.shape[3])
     fits = fits and label.dtype == torch.int64 and label.numel() == 1
-    fits = fits and amax.dtype == torch.float32
-    need = "x float[B, H, S, D], amax float32[L, H, D], label int64[]"
-    require(fits, "observe_heads", need, x, amax, label)
+    fits = fits and low.dtype == high.dtype == torch.float32 and low.shape == high.shape
+    need = "x float[B, H, S, D], low and high float32[L, H, D], label int64[]"
+    require(fits, "observe_heads", need, x, low, high, label)

@@ -15,7 +15,7 @@ from torch import Tensor
 from wancompile.errors import CalibrationError
 from wancompile.ir.site import Site
 
-FORMAT = "wancompile-stats-1"
+FORMAT = "wancompile-stats-2"
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,13 +56,33 @@ class ChannelStats:
 
 @dataclass(frozen=True, eq=False)
 class HeadStats:
-    """Statistics of one attention operand `[B, H, S, D]`: `amax [L, H, D]` fp32."""
+    """The range of one attention operand `[B, H, S, D]`, over L ranges of timesteps.
 
-    amax: Tensor
+    `low` and `high`, both `[L, H, D]` fp32: smallest and largest value per channel; +infinity and
+    -infinity where nothing was seen.
+    """
+
+    low: Tensor
+    high: Tensor
 
     def merge(self, other: HeadStats) -> HeadStats:
         """Return the statistics of both data sets together."""
-        return HeadStats(torch.maximum(self.amax, other.amax))
+        return HeadStats(torch.minimum(self.low, other.low), torch.maximum(self.high, other.high))
+
+    @property
+    def amax(self) -> Tensor:
+        """The largest magnitude per channel over all timesteps, `[H, D]`."""
+        return torch.maximum(self.high.amax(0), -self.low.amin(0))
+
+    @property
+    def middle(self) -> Tensor:
+        """The middle of the range per channel over all timesteps, `[H, D]`."""
+        return (self.high.amax(0) + self.low.amin(0)) / 2
+
+    @property
+    def half_width(self) -> Tensor:
+        """Half the width of the range per channel over all timesteps, `[H, D]`."""
+        return (self.high.amax(0) - self.low.amin(0)) / 2
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,7 +126,8 @@ class Stats:
             for name in ("amax", "count", "sample", "priority"):
                 tensors[f"channels/{site}/{name}"] = getattr(one, name).cpu().contiguous()
         for (site, operand), head in self.heads.items():
-            tensors[f"heads/{site}/{operand}"] = head.amax.cpu().contiguous()
+            tensors[f"heads/{site}/{operand}/low"] = head.low.cpu().contiguous()
+            tensors[f"heads/{site}/{operand}/high"] = head.high.cpu().contiguous()
         facts = {"edges": self.edges, "calls": self.calls, "seeds": self.seeds}
         save_file(tensors, str(path), metadata={"format": FORMAT, "facts": json.dumps(facts)})
 
@@ -136,7 +157,7 @@ class Stats:
 def _shapes(stats: Stats) -> tuple[dict[Site, torch.Size], dict[tuple[Site, str], torch.Size]]:
     """Return the shapes of everything whose size the model decides."""
     channels = {site: one.amax.shape for site, one in stats.channels.items()}
-    return channels, {key: one.amax.shape for key, one in stats.heads.items()}
+    return channels, {key: one.low.shape for key, one in stats.heads.items()}
 
 
 def _channels(tensors: Mapping[str, Tensor]) -> dict[Site, ChannelStats]:
@@ -154,8 +175,9 @@ def _channels(tensors: Mapping[str, Tensor]) -> dict[Site, ChannelStats]:
 
 def _heads(tensors: Mapping[str, Tensor]) -> dict[tuple[Site, str], HeadStats]:
     found = {}
-    for name, amax in tensors.items():
-        if name.startswith("heads/"):
-            site, _, operand = name.removeprefix("heads/").rpartition("/")
-            found[Site.parse(site), operand] = HeadStats(amax)
+    for name, low in tensors.items():
+        if name.startswith("heads/") and name.endswith("/low"):
+            key = name.removesuffix("/low")
+            site, _, operand = key.removeprefix("heads/").rpartition("/")
+            found[Site.parse(site), operand] = HeadStats(low, tensors[f"{key}/high"])
     return found
