@@ -20,6 +20,13 @@ LINEAR = torch.ops.wancompile.scaled_linear.default
 ATTENTION = torch.ops.wancompile.scaled_attention.default
 PER_TOKEN = torch.ops.wancompile.quantize_per_token.default
 PER_HEAD = torch.ops.wancompile.quantize_per_head.default
+GELU = torch.ops.wancompile.gelu_quantize.default
+NORM = torch.ops.wancompile.norm_quantize.default
+RESIDUAL_NORM = torch.ops.wancompile.residual_norm_quantize.default
+ADD_GATED = torch.ops.wancompile.add_gated.default
+ROTATE = torch.ops.wancompile.norm_rotate_quantize.default
+RMS_NORM = torch.ops.aten.rms_norm.default
+SDPA = torch.ops.aten.scaled_dot_product_attention.default
 
 
 def linear_args(dtype: torch.dtype, k: int = 64, n: int = 32, m: int = 5) -> tuple:
@@ -40,6 +47,26 @@ def attention_args(
 
 def quantize_args(dtype: torch.dtype, k: int = 64) -> tuple:
     return torch.empty(1, 2, 3, k, device="meta"), None, dtype
+
+
+def stream_args(op, dtype: torch.dtype = INT8, channels: int = 64) -> tuple:
+    """Arguments of the ops that see whole tokens, as far as kernels look at them."""
+    x = torch.empty(1, 3, channels, dtype=torch.bfloat16, device="meta")
+    scale, angles = torch.empty(2, device="meta"), torch.empty(3, channels // 4, device="meta")
+    return {
+        GELU: (x, "tanh", None, dtype),
+        NORM: (x, *[None] * 5, 1e-6, None, dtype),
+        RESIDUAL_NORM: (x, x, *[None] * 7, 1e-6, None, dtype),
+        ADD_GATED: (x, x, None, None, None),
+        ROTATE: (x, None, 1e-6, angles, angles, None, scale, dtype),
+        RMS_NORM: (x, [channels], None, 1e-6),
+    }[op]
+
+
+def sdpa_args(head_size: int = 64, dtype: torch.dtype = torch.bfloat16, **changed) -> tuple:
+    q = torch.empty(1, 2, 3, head_size, dtype=dtype, device="meta")
+    given = {"mask": None, "dropout": 0.0, "causal": False, "scale": None, "gqa": False} | changed
+    return q, q, q, *given.values()
 
 
 def with_float64_bias(args: tuple) -> tuple:
@@ -74,6 +101,14 @@ def give(monkeypatch, capability, reason_against_triton=None):
         ((8, 9), PER_TOKEN, quantize_args(FP8, 16384), "quantize_per_token_triton"),
         ((8, 0), PER_HEAD, quantize_args(INT8), "quantize_per_head_triton"),
         ((8, 9), PER_HEAD, quantize_args(FP8), "quantize_per_head_triton"),
+        ((8, 0), GELU, stream_args(GELU), "gelu_quantize_triton"),
+        ((8, 9), NORM, stream_args(NORM, FP8, 5120), "norm_quantize_triton"),
+        ((8, 9), RESIDUAL_NORM, stream_args(RESIDUAL_NORM, FP8), "residual_norm_quantize_triton"),
+        ((8, 0), ADD_GATED, stream_args(ADD_GATED), "add_gated_triton"),
+        ((8, 9), ROTATE, stream_args(ROTATE, FP8), "norm_rotate_quantize_triton"),
+        ((8, 0), RMS_NORM, stream_args(RMS_NORM), "rms_norm_triton"),
+        ((9, 0), SDPA, sdpa_args(128), "attention_cudnn"),
+        ((10, 0), SDPA, sdpa_args(64, torch.float16), "attention_cudnn"),
     ],
 )
 def test_a_gpu_gets_a_kernel(monkeypatch, capability, op, args, name):
@@ -95,6 +130,25 @@ def test_a_gpu_gets_a_kernel(monkeypatch, capability, op, args, name):
         (ATTENTION, attention_args(64, 1.0, torch.float64), "attention_triton", "output is torch"),
         (PER_TOKEN, quantize_args(INT8, 16385), "quantize_per_token_triton", "more than 16384"),
         (PER_HEAD, quantize_args(INT8, 512), "quantize_per_head_triton", "more than 256"),
+        (GELU, stream_args(GELU, channels=16388), "gelu_quantize_triton", "more than 16384"),
+        (NORM, stream_args(NORM, channels=16388), "norm_quantize_triton", "more than 16384"),
+        (ROTATE, stream_args(ROTATE, channels=16388), "norm_rotate_quantize_triton", "more than"),
+        (ADD_GATED, stream_args(ADD_GATED, channels=16388), "add_gated_triton", "more than"),
+        (RMS_NORM, stream_args(RMS_NORM, channels=16388), "rms_norm_triton", "more than"),
+        (RMS_NORM, (*stream_args(RMS_NORM)[:1], [3, 64], None, None), "rms_norm_triton", "over 2"),
+        (SDPA, sdpa_args(136), "attention_cudnn", "head size=136 is more than 128"),
+        (SDPA, sdpa_args(12), "attention_cudnn", "head size=12 is not a multiple of 8"),
+        (SDPA, sdpa_args(64, torch.float32), "attention_cudnn", "16-bit floats, not torch.float32"),
+        (SDPA, sdpa_args(mask=torch.empty(3, 3)), "attention_cudnn", "neither mask nor dropout"),
+        (SDPA, sdpa_args(dropout=0.1), "attention_cudnn", "neither mask nor dropout"),
+        (SDPA, sdpa_args(causal=True), "attention_cudnn", "neither causal nor grouped"),
+        (SDPA, sdpa_args(gqa=True), "attention_cudnn", "neither causal nor grouped"),
+        (
+            SDPA,
+            tuple(one[0] if isinstance(one, Tensor) else one for one in sdpa_args()),
+            "attention_cudnn",
+            "not 3 dims",
+        ),
     ],
 )
 @pytest.mark.usefixtures("hopper")
@@ -112,6 +166,12 @@ def test_a_triton_kernel_says_why_it_leaves_a_node_to_others(op, args, name, rea
         ((8, 0), "attention_triton", ATTENTION, attention_args(), "needs compute capability 9.0"),
         ((8, 6), "quantize_per_head_triton", PER_HEAD, quantize_args(FP8), "capability 8.9"),
         ((7, 5), "quantize_per_head_triton", PER_HEAD, quantize_args(INT8), "capability 8.0"),
+        ((8, 6), "gelu_quantize_triton", GELU, stream_args(GELU, FP8), "capability 8.9"),
+        ((8, 6), "norm_quantize_triton", NORM, stream_args(NORM, FP8), "capability 8.9"),
+        ((8, 6), "norm_rotate_quantize_triton", ROTATE, stream_args(ROTATE, FP8), "8.9"),
+        ((7, 5), "add_gated_triton", ADD_GATED, stream_args(ADD_GATED), "capability 8.0"),
+        ((7, 5), "rms_norm_triton", RMS_NORM, stream_args(RMS_NORM), "capability 8.0"),
+        ((8, 9), "attention_cudnn", SDPA, sdpa_args(), "capability 9.0"),
     ],
 )
 def test_a_triton_kernel_names_the_device_it_needs(monkeypatch, capability, name, op, args, reason):
@@ -121,7 +181,12 @@ def test_a_triton_kernel_names_the_device_it_needs(monkeypatch, capability, name
 
 @pytest.mark.parametrize(
     ("op", "args"),
-    [(LINEAR, linear_args(INT8)), (ATTENTION, attention_args()), (PER_TOKEN, quantize_args(INT8))],
+    [
+        (LINEAR, linear_args(INT8)),
+        (ATTENTION, attention_args()),
+        (PER_TOKEN, quantize_args(INT8)),
+        *[(op, stream_args(op)) for op in (GELU, NORM, RESIDUAL_NORM, ADD_GATED, ROTATE, RMS_NORM)],
+    ],
 )
 def test_without_triton_the_other_kernels_stay(monkeypatch, op, args):
     give(monkeypatch, (9, 0), "the package triton is missing")
@@ -158,6 +223,8 @@ def test_a_cpu_keeps_the_plain_bodies():
         (ATTENTION, attention_args()),
         (PER_TOKEN, quantize_args(INT8)),
         (PER_HEAD, quantize_args(FP8)),
+        *[(op, stream_args(op)) for op in (GELU, NORM, RESIDUAL_NORM, ADD_GATED, ROTATE, RMS_NORM)],
+        (SDPA, sdpa_args()),
     ]:
         kernel, refusals = choose(op, CPU, args)
         assert kernel is None
@@ -237,6 +304,31 @@ def test_sdpa_kernel_is_near_the_plain_body():
     args = q8, k8, v8, scale / 127, scale / 127, scale / 448, 0.25, torch.float32
     out, plain = torch_attention.attention_dequantize_sdpa(*args), ops.scaled_attention(*args)
     assert (out - plain).norm() / plain.norm() < 0.03
+    assert out.stride() == plain.stride()
+    floating = (*args[:2], v, *args[3:])
+    assert torch.equal(torch_attention.attention_dequantize_sdpa(*floating), out)
+
+
+def test_cudnn_kernel_tells_the_layout_that_torch_gives():
+    merged = torch.empty(2, 7, 3, 4, 64, dtype=torch.bfloat16, device="meta")
+    k = torch.empty(2, 4, 9, 64, dtype=torch.bfloat16, device="meta")
+    for q in (
+        merged[:, :, 0].transpose(1, 2),
+        k,
+        k.permute(2, 3, 0, 1).contiguous().permute(2, 3, 0, 1),
+    ):
+        out = torch_attention.attention_cudnn(q, k, k, None, 0.0, False, None, False)
+        real = torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, k, None, False)[0]
+        assert (out.shape, out.dtype, out.stride()) == (real.shape, real.dtype, real.stride())
+
+
+@pytest.mark.parametrize("scale", [None, 0.3])
+def test_attention_to_a_single_key_is_left_to_torch(scale):
+    q, k, v = torch.randn(2, 3, 5, 16), torch.randn(2, 3, 1, 16), torch.randn(2, 3, 1, 16)
+    q = q.transpose(1, 2).contiguous().transpose(1, 2)
+    out = torch_attention.attention_cudnn(q, k, v, None, 0.0, False, scale, False)
+    torch.testing.assert_close(out, v.expand(q.shape))
+    assert out.stride() == q.stride()
 
 
 def test_kernel_fakes_tell_shapes():

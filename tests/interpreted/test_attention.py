@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 
@@ -36,7 +38,7 @@ def test_attention_is_float64_attention_but_for_the_rounding_of_p(dtype, sq, sk,
     given = args(dtype, sq, sk, d, batch)
     p, v = exact(*given)
     out = attention_triton(*given)
-    assert out.is_contiguous()
+    assert out.transpose(1, 2).is_contiguous()
     # e4m3 rounds 256 p / (maximum so far) by 2**-4 of it, small values by half of 2**-9.
     rounding = 2.0**-4 * p + 2.0**-18 * p.amax(-1, keepdim=True)
     assert ((out - p @ v).abs() <= 1.001 * rounding @ v.abs() + 1e-5).all()
@@ -63,14 +65,47 @@ def test_a_later_block_with_larger_logits_takes_over(dtype):
 
 
 @pytest.mark.parametrize("tile", [(64, 128), (16, 32)])
-def test_every_tile_computes_the_same(tile):
+@pytest.mark.parametrize("biased", [True, False])
+@pytest.mark.parametrize("factor", [0.01, 8.0])
+def test_every_tile_computes_the_same(tile, biased, factor):
     from wancompile.kernels.jit import attention
 
-    q, k, v, *scales, factor, _ = given = args(INT8, 70, 150)
+    q, k, v, *scales, _, dtype = args(INT8, 70, 150)
     out = torch.empty(q.shape)
-    attention.launch(q, k, v, tuple(scales), factor, out, attention.Tile(*tile))
-    p, vf = exact(*given)
-    assert (out - p @ vf).norm() / (p @ vf).norm() < 0.05
+    one = attention.Tile(*tile, biased=biased)
+    attention.launch(q, k, v, tuple(scales), factor, out, one)
+    p, vf = exact(q, k, v, *scales, factor, dtype)
+    rounding = 2.0**-4 * p + 2.0**-18 * p.amax(-1, keepdim=True)
+    # The interpreter multiplies and adds in two steps, and rounds products at the size of the bias.
+    rounding += p * 2e-3 * biased
+    assert ((out - p @ vf).abs() <= 1.001 * rounding @ vf.abs() + 1e-5).all()
+
+
+@pytest.mark.parametrize("step", [1e-4, 0.49, 0.51, 40.0])
+def test_the_bias_changes_no_weight_however_large_a_step_of_the_logits_is(step):
+    from wancompile.kernels.jit import attention
+
+    q = torch.zeros(1, 1, 1, 64, dtype=INT8)
+    k = torch.zeros(1, 1, 3, 64, dtype=INT8)
+    q[..., 0], k[0, 0, :, 0] = 1, torch.tensor([3, 2, 3], dtype=INT8)
+    v = torch.tensor([1.0, 2, 4])[:, None].expand(1, 1, 3, 64).to(FP8)
+    one, out = torch.ones(1), torch.empty(q.shape)
+    scale = step * math.log(2)
+    attention.launch(q, k, v, (one, one, one), scale, out, attention.Tile(16, 32, biased=True))
+    weights = torch.exp2(torch.tensor([0, -step, 0], dtype=torch.float64))
+    expected = (weights * torch.tensor([1, 2, 4])).sum() / weights.sum()
+    assert ((out - expected).abs() <= 2**-4 * expected).all()
+
+
+@pytest.mark.parametrize("float_dtype", [torch.bfloat16, torch.float32])
+def test_float_values_are_rounded_as_quantize_per_head_rounds_them(float_dtype):
+    q, k, _, *scales, factor, dtype = args(FP8, 5, 200, 128, batch=2)
+    merged = torch.randn(2, 200, 3, 2, 128).to(float_dtype)
+    v = merged[:, :, 1].transpose(1, 2)
+    scales[2] = torch.tensor([0.001, 1 / 256])  # small enough that values saturate
+    rounded = ops.quantize_per_head(v, scales[2], FP8)
+    out = attention_triton(q, k, v, *scales, factor, dtype)
+    assert torch.equal(out, attention_triton(q, k, rounded, *scales, factor, dtype))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

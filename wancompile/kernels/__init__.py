@@ -11,7 +11,7 @@ import torch
 from torch._ops import OpOverload
 
 from wancompile.kernels.base import Kernel
-from wancompile.kernels.torch_attention import ATTENTION_DEQUANTIZE_SDPA
+from wancompile.kernels.torch_attention import ATTENTION_CUDNN, ATTENTION_DEQUANTIZE_SDPA
 from wancompile.kernels.torch_linear import FP8_LINEAR_SCALED_MM, INT8_LINEAR_INT_MM
 from wancompile.kernels.triton_activation import GELU_QUANTIZE_TRITON
 from wancompile.kernels.triton_attention import ATTENTION_TRITON
@@ -39,6 +39,7 @@ KERNELS: tuple[Kernel, ...] = (
     RMS_NORM_TRITON,
     ATTENTION_TRITON,
     ATTENTION_DEQUANTIZE_SDPA,
+    ATTENTION_CUDNN,
 )
 """Every kernel, in order of priority: the first that supports a node gets it."""
 

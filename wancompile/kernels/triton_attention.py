@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from wancompile.kernels.base import Kernel, aligned, lacks_float, lacks_hopper
-from wancompile.ops.attention import check_attention, fake_scaled_attention
+from wancompile.ops.attention import check_attention, empty_output, fake_scaled_attention
 
 _HEAD_SIZES = (64, 128)
 
@@ -26,12 +26,12 @@ def attention_triton(
     the maximum so far, so single values of P may round otherwise, by as much.
     """
     check_attention(q, k, v, q_scale, k_scale, v_scale, out_dtype)
-    out = q.new_empty(q.shape, dtype=out_dtype)
+    out = empty_output(q, out_dtype)
     if out.numel():
         from wancompile.kernels.jit import attention
 
         scales = q_scale.contiguous(), k_scale.contiguous(), v_scale.contiguous()
-        attention.launch(aligned(q), aligned(k), aligned(v), scales, softmax_scale, out)
+        attention.launch(aligned(q), aligned(k), v, scales, softmax_scale, out)
     return out
 
 
