@@ -1,0 +1,281 @@
+"""The matrix product of `linear`, in Gluon: warps that only load feed warps that only multiply.
+
+Triton multiplies int8 by at most 128 columns at a time and e4m3 by 256; here both take 256. One
+program per multiprocessor works through many tiles. Its warps have three kinds of work:
+
+- the producer, one warp, loads operands by TMA into a ring of stages;
+- each consumer, four warps, multiplies 64 rows of the tile with all its columns, keeps the sums
+  in registers, and scales, casts and stores them while the producer already loads the next tile;
+- consumers share the weights of a stage and never wait for each other.
+
+The ring. Stage s has two barriers, and every step of every tile passes both once, in this order:
+
+    producer                            each consumer
+    wait empty[s], parity 1 - phase
+    expect bytes on full[s]
+    load into s  ------------------->   wait full[s], parity phase
+                                        start to multiply from s
+                                        wait until the step before is done
+                                        arrive on empty[the stage before]
+
+`full[s]` counts one arrival, the producer's, and the bytes of all loads. `empty[s]` counts one
+arrival per consumer. All start with stage 0 and phase 0, count steps on over the ends of tiles, and
+flip the phase where the ring wraps. A barrier that is fresh lets a wait for parity 1 pass, so the
+producer fills the ring without waiting. A consumer releases a stage one step late, when the product
+that reads it is done, and after the last step of a tile it waits for that one too. So each side
+waits for, and arrives at, each stage equally often, whatever M, N and K are: parts of a tile beyond
+an edge are loaded as zeros, all their bytes counted, and are not stored.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from wancompile.kernels.jit.linear_hopper_store import column_factors, store, values
+from wancompile.kernels.jit.wide_int8 import WIDE_INT8_ENTRY, wide_int8
+from wancompile.quant.numerics import FP8, INT8
+
+_tma_load = (  # under both of its names, before and since Triton 3.7
+    tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
+)
+
+_CONSUMERS = gl.constexpr(2)
+_ROWS = gl.constexpr(64)  # of one wgmma instruction: what the four warps of a consumer multiply
+_BLOCK_M = gl.constexpr(128)  # rows of all consumers
+_LINE = gl.constexpr(128)  # bytes of the widest swizzle: one row of a stage or of a result buffer
+_WIDEST_INT8 = 128  # columns of the widest int8 instruction that Triton writes and tiles can have
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How the product is cut up, in tiles of 128 rows.
+
+    Attributes:
+        n: columns of the output that one program computes at a time: 128 or 256.
+        instruction: how many of these one instruction multiplies; for int8, 256 takes `wide_int8`.
+        stages: how many loads of operands, each 128 long, are in flight; at least 2.
+        buffers: per consumer, how many chunks of the result are on their way out.
+        group: rows of tiles that are computed side by side, so that they share weights in L2.
+    """
+
+    n: int = 256
+    instruction: int = 256
+    stages: int = 4
+    buffers: int = 2
+    group: int = 8
+
+
+@gluon.jit
+def _corner(tile, rows, columns, BLOCK_N: gl.constexpr, GROUP: gl.constexpr):
+    """First row and column of a tile; tiles go down `GROUP` rows before they go right."""
+    down, right = gl.cdiv(rows, _BLOCK_M), gl.cdiv(columns, BLOCK_N)
+    first = tile // (GROUP * right) * GROUP
+    height = gl.minimum(GROUP, down - first)
+    place = tile % (GROUP * right)
+    return (first + place % height) * _BLOCK_M, place // height * BLOCK_N
+
+
+@gluon.jit
+def _next(stage, phase, STAGES: gl.constexpr):
+    """The stage after this one, and its phase."""
+    wraps = stage == STAGES - 1
+    return gl.where(wraps, 0, stage + 1), gl.where(wraps, 1 - phase, phase)
+
+
+@gluon.jit
+def _produce(x, weight, ring, rows, N: gl.constexpr, K: gl.constexpr, GROUP: gl.constexpr):
+    """Load the operands of every step of every tile of this program."""
+    lefts, rights, full, empty = ring
+    STAGES: gl.constexpr = rights.shape[0]
+    BLOCK_N: gl.constexpr = rights.shape[1]
+    tiles = gl.cdiv(rows, _BLOCK_M) * gl.cdiv(N, BLOCK_N)
+    stage = 0
+    phase = 0
+    for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
+        row, column = _corner(tile, rows, N, BLOCK_N, GROUP)
+        for start in range(0, K, _LINE):
+            mbarrier.wait(empty.index(stage), 1 - phase)
+            ready = full.index(stage)
+            mbarrier.expect(ready, (_BLOCK_M + BLOCK_N) * _LINE)
+            for part in gl.static_range(_CONSUMERS):
+                to = lefts.index(stage * _CONSUMERS + part)
+                _tma_load(x, [row + part * _ROWS, start], ready, to)
+            _tma_load(weight, [column, start], ready, rights.index(stage))
+            stage, phase = _next(stage, phase, STAGES)
+
+
+@gluon.jit
+def _consume(
+    out,
+    ring,
+    buffers,
+    by,
+    rows,
+    N: gl.constexpr,
+    K: gl.constexpr,
+    GROUP: gl.constexpr,
+    INSTRUCTION: gl.constexpr,
+    WIDE_INT8: gl.constexpr,
+    HAS_BIAS: gl.constexpr,
+    PART: gl.constexpr,
+):
+    """Multiply, scale and store rows `64 * PART` to `64 * PART + 63` of every tile."""
+    lefts, rights, full, empty = ring
+    STAGES: gl.constexpr = rights.shape[0]
+    BLOCK_N: gl.constexpr = rights.shape[1]
+    SUM: gl.constexpr = gl.float32 if lefts.dtype.is_fp8() else gl.int32
+    SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, INSTRUCTION, 32])
+    WIDTH: gl.constexpr = buffers.shape[2]
+    CHUNK: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 32])
+    tiles = gl.cdiv(rows, _BLOCK_M) * gl.cdiv(N, BLOCK_N)
+    stage = 0
+    phase = 0
+    before = 0
+    for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
+        row, column = _corner(tile, rows, N, BLOCK_N, GROUP)
+        row += PART * _ROWS
+        row_scale = values(by[0], row, rows, _ROWS, gl.SliceLayout(1, CHUNK))
+        factors = column_factors(by, column, N, WIDTH, CHUNK)
+        total = gl.zeros([_ROWS, BLOCK_N], SUM, SUMS)
+        for start in range(0, K, _LINE):
+            mbarrier.wait(full.index(stage), phase)
+            left = lefts.index(stage * _CONSUMERS + PART)
+            right = rights.index(stage).permute([1, 0])
+            total = warpgroup_mma(left, right, total, is_async=True)
+            total = warpgroup_mma_wait(1, deps=[total])
+            mbarrier.arrive(empty.index(before), pred=start > 0)
+            before = stage
+            stage, phase = _next(stage, phase, STAGES)
+        total = warpgroup_mma_wait(0, deps=[total])
+        mbarrier.arrive(empty.index(before))
+        if WIDE_INT8:
+            total = total.to(gl.int32, bitcast=True)
+        store(out, total, buffers, row_scale, factors, by, row, column, N, CHUNK, HAS_BIAS)
+    tma.store_wait(0)
+
+
+def _entry(specialization) -> str:
+    """The kernel's name in PTX, by which `wide_int8` finds it."""
+    return WIDE_INT8_ENTRY if specialization.constants["WIDE_INT8"] else "linear_hopper"
+
+
+@gluon.jit(do_not_specialize=["rows"], repr=_entry)
+def _linear(
+    x,
+    weight,
+    out,
+    x_scale,
+    weight_scale,
+    bias,
+    rows,
+    N: gl.constexpr,
+    K: gl.constexpr,
+    STAGES: gl.constexpr,
+    BUFFERS: gl.constexpr,
+    GROUP: gl.constexpr,
+    INSTRUCTION: gl.constexpr,
+    WIDE_INT8: gl.constexpr,
+    HAS_BIAS: gl.constexpr,
+):
+    """`x`, `weight` and `out` are descriptors: beyond their edges they load 0 and store nothing."""
+    BLOCK_N: gl.constexpr = weight.block_shape[0]
+    WIDTH: gl.constexpr = out.block_shape[1]
+    lefts = gl.allocate_shared_memory(x.dtype, [STAGES * _CONSUMERS, _ROWS, _LINE], x.layout)
+    rights = gl.allocate_shared_memory(x.dtype, [STAGES, BLOCK_N, _LINE], weight.layout)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    to0 = gl.allocate_shared_memory(out.dtype, [BUFFERS, _ROWS, WIDTH], out.layout)
+    to1 = gl.allocate_shared_memory(out.dtype, [BUFFERS, _ROWS, WIDTH], out.layout)
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(full.index(stage), 1)
+        mbarrier.init(empty.index(stage), _CONSUMERS)
+    fence_async_shared()
+    ring = (lefts, rights, full, empty)
+    by = (x_scale, weight_scale, bias)
+    # The first consumer is the program's own four warps; it has the registers that are left over.
+    gl.warp_specialize(
+        [
+            (
+                _consume,
+                (out, ring, to0, by, rows, N, K, GROUP, INSTRUCTION, WIDE_INT8, HAS_BIAS, 0),
+            ),
+            (
+                _consume,
+                (out, ring, to1, by, rows, N, K, GROUP, INSTRUCTION, WIDE_INT8, HAS_BIAS, 1),
+            ),
+            (_produce, (x, weight, ring, rows, N, K, GROUP)),
+        ],
+        [4, 1],
+        [240, 24],
+    )
+
+
+def launch(
+    x: Tensor,
+    x_scale: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+    tile: Tile | None = None,
+) -> None:
+    """Fill `out` with what `scaled_linear` computes.
+
+    Args:
+        x: `[M, K]`, int8 or e4m3; like all others contiguous and at an address divisible by 16.
+        x_scale: M fp32 numbers.
+        weight: `[N, K]`, of the dtype of `x`; K and N are multiples of 16.
+        weight_scale: N fp32 numbers.
+        bias: `[N]`, a float of at most 32 bits.
+        out: `[M, N]`, a float of 16 or 32 bits; M > 0.
+        tile: None for the fastest measured on an H100.
+    """
+    tile = tile or Tile()
+    rows, columns, depth = x.shape[0], weight.shape[0], x.shape[1]
+    tiles = triton.cdiv(rows, _BLOCK_M.value) * triton.cdiv(columns, tile.n)
+    programs = torch.cuda.get_device_properties(x.device).multi_processor_count
+    wide = x.dtype == INT8 and tile.instruction > _WIDEST_INT8
+    if wide:
+        x, weight = x.view(FP8), weight.view(FP8)
+    with wide_int8() if wide else nullcontext():
+        _linear[(min(programs, tiles),)](
+            _descriptor(x, _ROWS.value),
+            _descriptor(weight, tile.n),
+            _descriptor(out, _ROWS.value),
+            x_scale,
+            weight_scale,
+            weight_scale if bias is None else bias,
+            rows,
+            N=columns,
+            K=depth,
+            STAGES=tile.stages,
+            BUFFERS=tile.buffers,
+            GROUP=tile.group,
+            INSTRUCTION=tile.instruction,
+            WIDE_INT8=wide,
+            HAS_BIAS=bias is not None,
+            num_warps=4,
+            enable_fp_fusion=False,  # it would round once less than the plain body
+        )
+
+
+def _descriptor(tensor: Tensor, rows: int) -> TensorDescriptor:
+    """Blocks of `rows` rows, each as long as a swizzled line of shared memory."""
+    size = tensor.element_size()
+    layout = gl.NVMMASharedLayout(_LINE.value, 8 * size)
+    return TensorDescriptor.from_tensor(tensor, [rows, _LINE.value // size], layout)
