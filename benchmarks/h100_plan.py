@@ -136,16 +136,17 @@ class Job:
         if self.tiny:
             return 0.0
         config = self.row.preset_of(None, False).config
-        dim = config["num_attention_heads"] * config["attention_head_dim"]
-        block = 8.0 * dim * dim + 2 * dim * config["ffn_dim"]
-        width = 3 * config["ffn_dim"] + 14 * dim
+        dim: int = config["num_attention_heads"] * config["attention_head_dim"]
+        ffn: int = config["ffn_dim"]
+        block = 8 * dim * dim + 2 * dim * ffn
+        width = 2 * ffn + 10 * dim
         if self.column.kind == "whole":
             # fp32 while it is built, then bf16 twice while scales are folded into weights.
             return _CONTEXT_GIB + 4.1 * block * self.row.layers / 2**30
         if self.row.preset_of(None, False).per_token_timestep:
             width += 2 * 3 * 6 * dim
         held = 2 * block * (DEEP + SHALLOW + 2) + 2 * width * self.row.tokens
-        factor = {"reference": 2.0, "eager": 1.4}.get(self.column.kind, 1.0)
+        factor = {"reference": 2.2, "eager": 1.7}.get(self.column.kind, 1.0)
         return _CONTEXT_GIB + factor * held / 2**30
 
 

@@ -214,17 +214,18 @@ def bytes_of(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> int
     names = [one.name for one in target._schema.arguments]
     named = dict(zip(names, args, strict=False)) | dict(kwargs)
     rows = named.get("rows")
-    total = 0
-    for name, value in named.items():
-        tensors = _unique(_tensors([value]))
-        if isinstance(rows, Tensor) and name in _ROW_OPERANDS and value is not None:
-            total += min(_bytes(value), _row_bytes(value, rows))
-        else:
-            total += sum(map(_bytes, tensors))
-    return total
+    by_rows: list[Tensor] = [
+        value
+        for name, value in named.items()
+        if isinstance(value, Tensor) and isinstance(rows, Tensor) and name in _ROW_OPERANDS
+    ]
+    partly = {id(value) for value in by_rows}
+    fully = [one for one in _unique(_tensors([*named.values()])) if id(one) not in partly]
+    some = [min(_bytes(one), _row_bytes(one, rows)) for one in _unique(by_rows)]
+    return sum(map(_bytes, fully)) + sum(some)
 
 
-def _row_bytes(value: Tensor, rows: Tensor) -> int:
+def _row_bytes(value: Tensor, rows: Any) -> int:
     return int(torch.unique(rows).numel()) * value.shape[-1] * value.element_size()
 
 

@@ -243,18 +243,14 @@ def _gain_lines(cells: Cells, row: str, name: str, peer: str) -> list[tuple[str,
     if own is None or other is None or not own.get("profile") or not other.get("profile"):
         return []
     ours, theirs, floor = figures.parts_ms(own), figures.parts_ms(other), figures.floors_ms(own)
-    columns = [(part, theirs[part], ours[part], floor[part]) for part in PARTS]
-    columns.append(("sum", *(sum(one.values()) for one in (theirs, ours, floor))))
-    return [
-        (
-            row,
-            name,
-            peer,
-            part,
-            *(f"{one:.2f}" for one in (they, we, least, they - least, they - we)),
-        )
-        for part, they, we, least in columns
-    ]
+    for parts in (theirs, ours, floor):
+        parts["sum"] = sum(parts.values())
+    lines = []
+    for part in (*PARTS, "sum"):
+        they, we, least = theirs[part], ours[part], floor[part]
+        values = they, we, least, they - least, they - we
+        lines.append((row, name, peer, part, *(f"{value:.2f}" for value in values)))
+    return lines
 
 
 def _not_run(cells: Cells) -> list[str]:

@@ -23,7 +23,7 @@ Record = dict[str, Any]
 
 _TURN_LIMIT_S = 75.0
 # Work that a stopped process has put into the GPU's queue still runs: a forward pass at most.
-_SETTLE_S = 1.0
+_SETTLE_S = 0.6
 _OUT_OF_TIME = "out of time"
 
 
