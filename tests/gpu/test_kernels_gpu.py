@@ -121,11 +121,46 @@ def test_attention_is_near_the_plain_body_and_float64(cuda, dtype, head_size, ba
     assert relative_error(plain, exact) < 0.05
     for kernel in fitting(ATTENTION, cuda, args):
         out = kernel.impl(*args)
-        assert out.is_contiguous()
+        assert out.transpose(1, 2).is_contiguous()
         # Only 8-bit tensor cores round P; bf16 products stay much nearer.
         limit = 0.02 if kernel is ATTENTION_DEQUANTIZE_SDPA else 0.05
         assert relative_error(out, exact) < limit, kernel.name
         assert relative_error(out, plain) < 0.06, kernel.name
+
+
+@pytest.mark.parametrize("head_size", [64, 128])
+@pytest.mark.parametrize("tokens", [1, 127, 600, 32760])
+def test_float_values_in_a_merged_product_are_rounded_as_e4m3_ones(cuda, head_size, tokens):
+    args = list(attention_args(INT8, 2, (130, tokens), head_size, cuda))
+    merged = torch.randn(2, tokens, 3, 4, head_size, device=cuda, dtype=torch.bfloat16)
+    v = merged[:, :, 1].transpose(1, 2)
+    args[5] = torch.tensor([0.001, 0.004, 0.01, 0.1], device=cuda)  # the first saturates
+    rounded = ops.quantize_per_head(v.cpu(), args[5].cpu(), FP8).to(cuda)
+    for kernel in fitting(ATTENTION, cuda, tuple(args)):
+        args[2] = v
+        out = kernel.impl(*args)
+        args[2] = rounded
+        assert torch.equal(out, kernel.impl(*args)), kernel.name
+
+
+@pytest.mark.parametrize("biased", [True, False])
+@pytest.mark.parametrize("factor", [1e-3, 0.1, 20.0])
+def test_a_bias_of_int8_sums_costs_no_accuracy(cuda, biased, factor):
+    pytest.importorskip("triton")
+    from wancompile.kernels.jit import attention
+
+    q, k, v, *scales, _, dtype = attention_args(INT8, 1, (300, 1000), 128, cuda)
+    fitting(ATTENTION, cuda, (q, k, v, *scales, factor, dtype))
+    out = torch.empty(q.shape, device=cuda)
+    one = attention.Tile(biased=biased)
+    attention.launch(q, k, v, tuple(scales), factor, out, one)
+    qf, kf, vf = (
+        t.double() * s.double()[:, None, None] for t, s in zip((q, k, v), scales, strict=True)
+    )
+    p = torch.softmax(qf @ kf.transpose(-1, -2) * factor, -1)
+    # e4m3 rounds p by 2**-4 of it; tensor cores keep 14 bits of the sum.
+    bound = (2.0**-4 * p + 2.0**-18 * p.amax(-1, keepdim=True)) @ vf.abs()
+    assert ((out - p @ vf).abs() <= 1.01 * bound + 2.0**-12 * p @ vf.abs() + 1e-5).all()
 
 
 @pytest.mark.parametrize("dtype", [INT8, FP8])

@@ -65,10 +65,10 @@ def attention_cudnn(
 ) -> Tensor:
     """`scaled_dot_product_attention` through cuDNN, laid out in memory like the query."""
     if not query.numel() or key.shape[2] < _LEAST_KEYS:
-        out = _fake_attention_cudnn(
+        empty = _fake_attention_cudnn(
             query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa
         )
-        return out.copy_(F.scaled_dot_product_attention(query, key, value, scale=scale))
+        return empty.copy_(F.scaled_dot_product_attention(query, key, value, scale=scale))
     cudnn = torch.ops.aten._scaled_dot_product_cudnn_attention
     out: Tensor = cudnn(query, key, value, None, False, 0.0, False, False, scale=scale)[0]
     return out
