@@ -247,7 +247,7 @@ def _alone(turn, folder):
     turn.report(disturbed=any(stamp > begin for stamp in stamps))
     turn.give_back()
     end = time.monotonic()
-    while time.monotonic() < end + 0.5:
+    while time.monotonic() < end + 2.0:
         mine.write_text(str(time.monotonic()))
         time.sleep(0.02)
     turn.report_span("tail", end, time.monotonic())
@@ -291,7 +291,7 @@ def test_one_is_timed_while_all_others_are_stopped(tmp_path):
     records = _run(tasks)
     assert [one["disturbed"] for one in records] == [False] * 3
     assert all("note" not in one for one in records)
-    assert min(one["tail"] for one in records) < 2  # pauses are not counted
+    assert min(one["tail"] for one in records) < 1.7  # pauses are not counted
 
 
 def test_failures_cost_only_their_own_figures(tmp_path):
