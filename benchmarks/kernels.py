@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -26,16 +25,30 @@ import triton
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from benchmarks.elementwise import time_norms, time_projections, time_quantize
+from benchmarks.timing import (
+    DEVICE,
+    HEAD_SIZE,
+    HEADS,
+    TOKENS,
+    Row,
+    activations,
+    checked,
+    head_scale,
+    label,
+    measure,
+    relative,
+)
 from wancompile import ops
 from wancompile.kernels.jit import attention, linear
+from wancompile.kernels.torch_attention import attention_cudnn
 from wancompile.kernels.triton_quantize import quantize_per_head_triton, quantize_per_token_triton
-from wancompile.quant.numerics import FP8, INT8, QMAX
+from wancompile.ops.attention import empty_output
+from wancompile.quant.numerics import FP8, INT8
 
-TOKENS = {"480p": 21 * 30 * 52, "720p": 21 * 45 * 80}
 LINEARS = {"5120 -> 5120": (5120, 5120), "up": (5120, 13824), "down": (13824, 5120)}
-HEADS, HEAD_SIZE = 40, 128
+TEXT_TOKENS = 512
 PART_LIMIT_S = 150
-DEVICE = "cuda"
 
 LINEAR_TILES = {
     "128x256x128 s4": linear.Tile(),
@@ -48,24 +61,11 @@ ATTENTION_TILES = {
     "128x64 w8 s2 r128": attention.Tile(128, 64, 8, 2, 128),
     "256x64 w16 s3 r128": attention.Tile(256, 64, 16, 3, 128),
     "64x128 w4 s2 r168": attention.Tile(64, 128, 4, 2, 168),
+    "64x128 w4 s2 r168 biased": attention.Tile(64, 128, 4, 2, 168, biased=True),
     "64x128 w4 s3": attention.Tile(64, 128, 4, 3),
+    "64x128 w4 s3 biased": attention.Tile(64, 128, 4, 3, biased=True),
     "128x128 w8 s3": attention.Tile(128, 128, 8, 3),
 }
-
-
-@dataclass
-class Row:
-    """One line of the table; `rate` is in TFLOP/s or GB/s, `error` relative to the reference."""
-
-    part: str
-    shape: str
-    name: str
-    ms: float | None = None
-    spread: float | None = None
-    rate: float | None = None
-    floor: float | None = None
-    error: float | None = None
-    note: str = ""
 
 
 def main() -> None:
@@ -109,50 +109,6 @@ def save(out: Path, rows: Iterator[Row]) -> None:
         done.append(asdict(row))
         print(f"{row.part} {row.shape} {row.name}: {row.ms} ms {row.note}", flush=True)
         out.write_text(json.dumps(done))
-
-
-def measure(row: Row, work: float, run: Callable[[], object], floor_ms: float | None = None) -> Row:
-    """Time `run`, which does `work` operations, or with a floor moves `work` bytes.
-
-    A failure is noted, and so is one noted before: then nothing is timed.
-    """
-    if row.note:
-        return row
-    try:
-        times = triton.testing.do_bench(run, warmup=25, rep=300, return_mode="all")
-    except Exception as error:
-        row.note = failure_of(error)
-        return row
-    row.ms = statistics.median(times)
-    row.spread = (max(times) - min(times)) / row.ms
-    row.rate = work / row.ms / (1e9 if floor_ms is None else 1e6)
-    row.floor = None if floor_ms is None else row.ms / floor_ms
-    return row
-
-
-def checked(row: Row, error: Callable[[], float]) -> Row:
-    """Fill in the error, or the note that says why there is none."""
-    try:
-        row.error = error()
-    except Exception as failure:
-        row.note = failure_of(failure)
-    return row
-
-
-def failure_of(error: Exception) -> str:
-    lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0][:150]}"
-
-
-def relative(out: Tensor, reference: Tensor) -> float:
-    return float((out.double() - reference.double()).norm() / reference.double().norm())
-
-
-def activations(*shape: int) -> Tensor:
-    """Normal values with a few large channels."""
-    x = torch.randn(shape, device=DEVICE, dtype=torch.bfloat16)
-    x[..., ::64] *= 20
-    return x
 
 
 # ---------------------------------------------------------------- linears
@@ -220,6 +176,30 @@ def time_attention() -> Iterator[Row]:
             yield from time_quantized_attention(resolution, q, k, v, dtype, work)
 
 
+def time_cross_attention() -> Iterator[Row]:
+    """bf16 attention of all queries to the 512 tokens of a text."""
+    for resolution, tokens in TOKENS.items():
+        q, k, v = (activations(1, count, HEADS, HEAD_SIZE).transpose(1, 2)
+                   for count in (tokens, TEXT_TOKENS, TEXT_TOKENS))  # fmt: skip
+        work = 4 * HEADS * tokens * TEXT_TOKENS * HEAD_SIZE
+        exact = sampled(
+            F.scaled_dot_product_attention(q[:, :, :40].double(), k.double(), v.double())
+        )
+
+        def cudnn(q=q, k=k, v=v) -> Tensor:
+            return attention_cudnn(q, k, v, None, 0.0, False, None, False)
+
+        def torch_default(q=q, k=k, v=v) -> Tensor:
+            return F.scaled_dot_product_attention(q, k, v)
+
+        for name, run in (("cudnn", cudnn), ("torch", torch_default)):
+            row = Row("cross", f"{resolution} x {TEXT_TOKENS}", f"bf16 {name}")
+            row = checked(
+                row, lambda run=run, exact=exact: relative(sampled(run()[:, :, :40]), exact)
+            )
+            yield measure(row, work, run)
+
+
 def time_quantized_attention(
     resolution: str, q: Tensor, k: Tensor, v: Tensor, dtype: torch.dtype, work: float
 ) -> Iterator[Row]:
@@ -230,7 +210,7 @@ def time_quantized_attention(
         for t, s, to in zip((q, k, v), scales, types, strict=True)
     ]
     softmax_scale = HEAD_SIZE**-0.5
-    out = torch.empty_like(q)
+    out = empty_output(q, q.dtype)
     reference = attention_sample(*data, scales, softmax_scale)
     for name, tile in ATTENTION_TILES.items():
 
@@ -262,82 +242,13 @@ def attention_sample(
     return torch.softmax(qd @ kd.transpose(-1, -2) * softmax_scale, -1) @ vd
 
 
-def head_scale(x: Tensor, dtype: torch.dtype) -> Tensor:
-    return x.abs().amax((0, 2, 3)).float() / QMAX[dtype]
-
-
-# ---------------------------------------------------------------- quantising
-
-
-def time_quantize() -> Iterator[Row]:
-    rate = copy_bytes_per_ms()
-    yield Row("quantize", "copy", "torch", rate=rate / 1e6)
-    for resolution, tokens in TOKENS.items():
-        for channels in (5120, 13824):
-            x = activations(tokens, channels)
-            inv_smooth = torch.rand(channels, device=DEVICE) + 0.5
-            for dtype in (INT8, FP8):
-                shape = f"{resolution} {channels} {label(dtype)}"
-                yield time_per_token(Row("quantize", shape, "per token"), x, None, dtype, rate)
-                row = Row("quantize", shape, "per token, smooth")
-                yield time_per_token(row, x, inv_smooth, dtype, rate)
-        x = activations(1, tokens, HEADS, HEAD_SIZE).transpose(1, 2)
-        for dtype in (INT8, FP8):
-            row = Row("quantize", f"{resolution} {label(dtype)}", "per head")
-            yield time_per_head(row, x, dtype, rate)
-        yield time_transpose(Row("quantize", resolution, "transpose v"), x, rate)
-
-
-def time_per_token(
-    row: Row, x: Tensor, smooth: Tensor | None, dtype: torch.dtype, rate: float
-) -> Row:
-    def run() -> tuple[Tensor, Tensor]:
-        return quantize_per_token_triton(x, smooth, dtype)
-
-    cpu_smooth = None if smooth is None else smooth.cpu()
-    sample = ops.quantize_per_token(x[-64:].cpu(), cpu_smooth, dtype)[0]
-    row = checked(row, lambda: differing(run()[0][-64:], sample))
-    return measure(row, 3 * x.numel(), run, 3 * x.numel() / rate)
-
-
-def time_per_head(row: Row, x: Tensor, dtype: torch.dtype, rate: float) -> Row:
-    scale = head_scale(x, dtype)
-
-    def run() -> Tensor:
-        return quantize_per_head_triton(x, scale, dtype)
-
-    sample = ops.quantize_per_head(x[:, :, -64:].cpu(), scale.cpu(), dtype)
-    row = checked(row, lambda: differing(run()[:, :, -64:], sample))
-    return measure(row, 3 * x.numel(), run, 3 * x.numel() / rate)
-
-
-def time_transpose(row: Row, x: Tensor, rate: float) -> Row:
-    v = quantize_per_head_triton(x, head_scale(x, FP8), FP8)
-    work = 2 * v.numel()
-    return measure(row, work, lambda: attention.transpose_values(v), work / rate)
-
-
-def differing(out: Tensor, reference: Tensor) -> float:
-    """The share of elements whose bits differ."""
-    return float((out.cpu().view(torch.uint8) != reference.view(torch.uint8)).double().mean())
-
-
-def copy_bytes_per_ms() -> float:
-    """Bytes read and written by a copy, per millisecond: the floor of whatever moves memory."""
-    source = torch.empty(1 << 29, device=DEVICE, dtype=torch.bfloat16).normal_()
-    target = torch.empty_like(source)
-    ms = triton.testing.do_bench(lambda: target.copy_(source), return_mode="median")
-    return 2 * source.nbytes / ms
-
-
-def label(dtype: torch.dtype) -> str:
-    return "int8" if dtype == INT8 else "fp8"
-
-
 PARTS: dict[str, Callable[[], Iterator[Row]]] = {
     "quantize": time_quantize,
+    "norm": time_norms,
+    "project": time_projections,
     "linear": time_linears,
     "attention": time_attention,
+    "cross": time_cross_attention,
 }
 
 
