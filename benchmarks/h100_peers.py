@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -50,20 +49,23 @@ def exact(model: nn.Module) -> nn.Module:
 
 def _compile(column: Column, model: nn.Module, turn: Turn) -> None:
     # Coordinate descent, which torchao switches on, takes minutes: too long to stop all others.
-    backend: Any = "inductor" if column.torchao else functools.partial(_compile_aside, turn)
+    backend: Any = "inductor" if column.torchao else _aside(turn)
     parts = [model] if column.scope == "model" else list(model.get_submodule("blocks").children())
     for part in parts:
         part.compile(backend=backend, dynamic=False)
 
 
-def _compile_aside(turn: Turn, graph: Any, example_inputs: Any) -> Any:
+def _aside(turn: Turn) -> Callable[[Any, Any], Any]:
     """Inductor, which compiles beside other processes, but chooses its tiles alone on the card."""
     from torch._inductor.compile_fx import compile_fx
 
-    turn.give_back()
-    compiled = compile_fx(graph, example_inputs)
-    turn.take()
-    return compiled
+    def backend(graph: Any, example_inputs: Any) -> Any:
+        turn.give_back()
+        compiled = compile_fx(graph, example_inputs)
+        turn.take()
+        return compiled
+
+    return backend
 
 
 def _with_cudnn(model: nn.Module) -> Callable[..., Any]:
