@@ -128,7 +128,7 @@ class Job:
         """Seconds that it may be at work, pauses not counted."""
         if self.column.torchao:
             return 330.0
-        return 260.0 if self.column.kind == "whole" else 150.0
+        return 260.0 if self.column.kind == "whole" else 200.0
 
     @property
     def gib(self) -> float:
