@@ -81,7 +81,7 @@ def test_every_tile_computes_the_same(tile, biased, factor):
     assert ((out - p @ vf).abs() <= 1.001 * rounding @ vf.abs() + 1e-5).all()
 
 
-@pytest.mark.parametrize("step", [1e-4, 0.49, 0.51, 37.7])
+@pytest.mark.parametrize("step", [1e-4, 0.49, 0.51, 12.7, 15.3, 37.7])
 def test_the_bias_changes_no_weight_however_large_a_step_of_the_logits_is(step):
     from wancompile.kernels.jit import attention
 
