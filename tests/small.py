@@ -14,7 +14,7 @@ from kit import exported
 from torch import Tensor
 
 from wancompile import pipeline
-from wancompile.passes import NORMALIZE, QuantizeAttention, QuantizeLinears
+from wancompile.passes import FUSE, NORMALIZE, QuantizeAttention, QuantizeLinears
 from wancompile.program import Program
 from wancompile.quant.stats import Stats
 from wancompile.recipe import QSpec, Recipe
@@ -65,6 +65,11 @@ def normal(fn: Callable[..., Any], x: Tensor = X, **weights: Tensor) -> Program:
 def quantized(program: Program, recipe: Recipe, stats: Stats | None = None) -> Program:
     """Quantize a NORMAL program."""
     return pipeline.run(program, [QuantizeAttention(recipe, stats), QuantizeLinears(recipe)])
+
+
+def fused(program: Program) -> Program:
+    """Fuse a QUANTIZED program."""
+    return pipeline.run(program, FUSE)
 
 
 def plain(dtype: str, attention: str | None = None) -> Recipe:

@@ -121,13 +121,16 @@ def test_a_model_by_another_hand_is_close():
 def test_a_mixed_recipe_is_followed(one_block):
     state = one_block.by(MIXED).program.state
     weights = {
-        "attn1.to_q.weight_int8",
         "attn1.to_out.0.weight_int8",
         "attn2.to_q.weight_int8",
         "attn2.to_k.weight",
         "ffn.net.0.proj.weight_fp8",
     }
     assert {f"blocks.0.{name}" for name in weights} <= set(state)
+    assert "merged.blocks.0.attn1.to_q.weight_int8" in state
+    assert not {f"blocks.0.attn1.{name}.weight_int8" for name in ("to_q", "to_k", "to_v")} & set(
+        state
+    )
     assert "blocks.0.attn1.attention_q_scale" in state
 
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from small import WEIGHTS, X, attend, normal, plain, quantized
+from small import WEIGHTS, X, attend, fused, normal, plain, quantized
 
 from wancompile import pipeline
 from wancompile.errors import LevelError
@@ -42,11 +42,13 @@ def program():
 def at_every_level(program):
     recipe = plain("int8")
     done = quantized(program, recipe)
+    merged = fused(done)
     return [
         program,
         pipeline.run(program, [Observe()]),
         done,
-        pipeline.run(done, [Lower(torch.device("cpu"))]),
+        merged,
+        pipeline.run(merged, [Lower(torch.device("cpu"))]),
     ]
 
 
@@ -57,6 +59,7 @@ def test_good_programs_pass(at_every_level):
         "NORMAL",
         "OBSERVED",
         "QUANTIZED",
+        "FUSED",
         "LOWERED",
     ]
 
@@ -84,16 +87,36 @@ def test_only_overloads_are_called(program, target, level):
 
 
 def test_each_level_knows_its_ops_alone(at_every_level):
-    normal_program, observed, done, _ = at_every_level
+    normal_program, observed, done, *_ = at_every_level
     for program, level in [
         (observed, Level.NORMAL),
         (done, Level.NORMAL),
         (observed, Level.QUANTIZED),
         (done, Level.OBSERVED),
+        (observed, Level.FUSED),
     ]:
         with pytest.raises(LevelError, match=f"not known at level {level.name}"):
             replace(program, level=level).verify()
     replace(normal_program, level=Level.EXPORTED).verify()
+
+
+@pytest.mark.parametrize(
+    ("op", "lowest"),
+    [
+        (torch.ops.wancompile.gelu_quantize.default, Level.FUSED),
+        (torch.ops.wancompile_kernels.gelu_quantize_triton.default, Level.LOWERED),
+    ],
+)
+def test_fused_ops_and_kernels_have_a_lowest_level(at_every_level, op, lowest):
+    def spoil(draft):
+        match.nodes_of(draft.graph, torch.ops.wancompile.scaled_linear.default)[0].target = op
+
+    merged = at_every_level[3]
+    below = Level(lowest - 1)
+    assert f"is not known at level {below.name}" in refused(replace(merged, level=below), spoil)
+    draft = merged.draft()
+    spoil(draft)
+    merged.advance(draft, lowest, merged.records[-1]).verify()
 
 
 def test_normal_ops_write_to_nothing():

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from kit import counts
-from small import plain, quantized
+from small import fused, plain, quantized
 from torch import nn
 
 from wancompile import pipeline
@@ -41,7 +41,7 @@ def program(dtype: str, width: int = 32):
     normal = pipeline.run(export(Block(width), [{"x": X}]), NORMALIZE)
     calibration = Calibration(normal)
     calibration(x=X)
-    return quantized(normal, plain(dtype, attention=dtype), calibration.stats())
+    return fused(quantized(normal, plain(dtype, attention=dtype), calibration.stats()))
 
 
 @pytest.fixture
@@ -66,10 +66,10 @@ def test_plain_bodies_compute_the_same_bits(dtype):
     assert after.level is Level.LOWERED
     assert torch.equal(after(x=X), before(x=X))
     notes = {note.site: note.text for note in after.records[-1].done}
-    assert notes["wancompile.scaled_linear.default"] == "4 x plain body"
+    assert notes["wancompile.scaled_linear.default"] == "2 x plain body"
     assert notes["wancompile.quantize_per_token.default"] == "2 x plain body"
     assert {note.text for note in after.records[-1].skipped} >= {
-        "4 x not fp8_linear_scaled_mm: needs a CUDA device, not cpu"
+        "2 x not fp8_linear_scaled_mm: needs a CUDA device, not cpu"
     }
 
 
@@ -86,19 +86,19 @@ def test_a_gpu_gets_kernels(monkeypatch, capability, dtype, kernel):
     give(monkeypatch, capability)
     before = program(dtype)
     after = pipeline.run(before, [Lower(CUDA)])
-    assert counts(after)[kernel] == 4
+    assert counts(after)[kernel] == 2  # q, k and v are one product
     assert counts(after)["attention_dequantize_sdpa"] == 1
     assert counts(after)["quantize_per_token_triton"] == 2
-    assert counts(after)["quantize_per_head_triton"] == 3
+    assert counts(after)["quantize_per_head_triton"] == 2
     assert not {"scaled_linear", "scaled_attention"} & set(counts(after))
     assert len(after.graph.nodes) == len(before.graph.nodes)
 
 
 @pytest.mark.usefixtures("hopper")
 def test_each_op_is_chosen_on_its_own():
-    """19 output channels fit no kernel; the other linears keep theirs."""
+    """19 output channels fit no kernel; the other product keeps its own."""
     after = pipeline.run(program("fp8", width=19), [Lower(CUDA)])
-    assert counts(after)["linear_triton"] == 3
+    assert counts(after)["linear_triton"] == 1
     assert counts(after)["scaled_linear"] == 1
     reasons = [note.text for note in after.records[-1].skipped]
     assert "1 x not linear_triton: N=19 is not a multiple of 16" in reasons

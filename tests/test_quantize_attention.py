@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from kit import counts, error
+from kit import Function, counts, error
 from small import (
     CHANNELS,
     HEAD_DIM,
@@ -54,12 +54,18 @@ def skips(program) -> list[str]:
     return [note.text for note in program.records[-1].skipped]
 
 
-def rounded_attention(q, k, v, *, dtype: str, scale: float = HEAD_DIM**-0.5):
-    """Attention on q, k and v rounded with one scale per head, in float64."""
-    q, k, v = per_head(q, dtype), per_head(k, dtype), per_head(v, "fp8")
+def rounded_attention(q, k, v, *, dtype: str, scale: float = HEAD_DIM**-0.5, centre: bool = True):
+    """Attention on q, centred k and v rounded with one scale per head, in float64."""
+    keys = k - middle(k) if centre else k
+    q, k, v = per_head(q, dtype), per_head(keys, dtype), per_head(v, "fp8")
     weights = (q @ k.transpose(-1, -2) * scale).softmax(-1)
     parts = 256 * weights / weights.amax(-1, keepdim=True)
     return nearest(parts, "fp8") @ v / parts.sum(-1, keepdim=True)
+
+
+def middle(x):
+    """The middle of each channel's range over batch and tokens."""
+    return (x.amax((0, 2), keepdim=True) + x.amin((0, 2), keepdim=True)) / 2
 
 
 def per_head(x, dtype: str):
@@ -86,6 +92,34 @@ def test_scales_are_static():
     assert {name for name in program.state if "scale" in name} == {
         f"attention_{operand}_scale" for operand in "qkv"
     }
+
+
+def test_keys_far_from_zero_keep_their_bits():
+    """All keys of a channel lie near 200, on one or two of the numbers that int8 has there."""
+    weights = {**WEIGHTS, "bk": WEIGHTS["bk"] + 200}
+    program = normal(attend, **weights)
+    program = pipeline.run(program, [QuantizeAttention(attention_only(), calibrated(program))])
+    assert counts(program)["sub"] == 1
+    uncentred = partial(rounded_attention, dtype="int8", centre=False)
+    one = Function(partial(attend, attention=uncentred), **weights).double()(X.double())
+    exact = Function(attend, **weights).double()(X.double())
+    assert error(program, attend, X, **weights) < 0.2 * pipeline.relative_error(one, exact)
+    k = heads(F.linear(X, weights["wk"], weights["bk"]))
+    torch.testing.assert_close(program.state["attention_k_middle"], middle(k)[0])
+    width = (k - middle(k)).abs().amax((0, 2, 3))
+    torch.testing.assert_close(program.state["attention_k_scale"] * 127, width)
+
+
+def test_keys_around_zero_are_not_centred():
+    def fn(self, x):
+        return attend(self, torch.cat([x, -x], 1))
+
+    weights = {**WEIGHTS, "bk": torch.zeros(CHANNELS)}
+    program = normal(fn, **weights)
+    program = pipeline.run(program, [QuantizeAttention(attention_only(), calibrated(program))])
+    assert counts(program)["scaled_attention"] == 1
+    assert "sub" not in counts(program)
+    assert "attention_k_middle" not in program.state
 
 
 def test_the_factor_of_the_logits_is_kept():
