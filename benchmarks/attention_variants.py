@@ -124,8 +124,7 @@ def excess(case: Case, tile: Tile, rows: Tensor, heads: range | tuple[int, ...])
     """The largest error of a head over what rounding allows; fails if it is more than 1."""
     q, k, v, scales = case
     batch, count, tokens, channels = q.shape
-    memory = torch.full((batch, tokens + 70, count, channels), torch.nan, device=DEVICE)
-    memory = memory.to(torch.bfloat16)
+    memory = torch.full((batch, tokens + 70, count, channels), torch.nan, device=DEVICE).bfloat16()
     out = memory[:, :tokens].transpose(1, 2)
     attention_hopper.launch(q, k, transposed(v), scales, channels**-0.5, out, tile)
     assert memory[:, tokens:].isnan().all(), "written beyond the end"

@@ -4,17 +4,12 @@ A program is one warp that loads and two or three groups of four warps that comp
 al. 2024, "FlashAttention-3". A group owns 64 queries; groups share the keys and values. While one
 multiplies, another is in its softmax, and a group's softmax overlaps with its own product by v.
 
-Warps meet at mbarriers only. Round r of a barrier is its r-th use: who waits for it asks for parity
-r % 2, and of a fresh barrier parity 1 counts as passed.
+Warps meet at mbarriers only; see `ring_hopper` for rounds and parities.
 
-- Keys and values each have a ring of `stages` buffers. Block n lies in buffer n % stages, in round
-  n // stages. A round of `full` takes the one arrival of the loader, and the bytes that it
-  announces; the groups wait for it. A round of `free` takes an arrival of each group, after its
-  product by that buffer. Before it fills a buffer in round r, the loader waits for round r - 1 of
-  `free`, at once if r is 0.
-- The loader fills k0 v0 k1 v1 and so on. In step n a group frees k(n+1) and v(n-1), then waits for
-  v(n+1) and k(n+2). To get there the loader needs v(n+1-stages) and k(n+2-stages), with two stages
-  or more no later than v(n-1) and k(n): all groups free those without waiting for more.
+- Keys and values each have a ring. A group releases a block after its product by it.
+- The loader fills k0 v0 k1 v1 and so on. In step n a group releases k(n+1) and v(n-1), then waits
+  for v(n+1) and k(n+2). Before these the loader needs v(n+1-stages) and k(n+2-stages): with two
+  stages or more no later than v(n-1) and k(n), which groups release without waiting for more.
 - `turns`, if groups take turns, has a barrier a group, and a round takes the one arrival of the
   group before, once it has issued the products of a step. Before it issues those of step n, group
   0 waits for round n - 1, at once if n is 0, any other for round n. All groups take as many steps,
@@ -42,6 +37,14 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from wancompile.kernels.jit.ring_hopper import (
+    buffer,
+    fill,
+    make_barriers,
+    make_ring,
+    release,
+    wait,
+)
 from wancompile.kernels.jit.softmax_hopper import (
     MAGIC_BITS,
     ROWS,
@@ -91,27 +94,6 @@ def _logits(q, keys, PRODUCT: gl.constexpr):
 
 
 @gluon.jit
-def _buffer(ring, block):
-    buffers = ring[0]
-    STAGES: gl.constexpr = buffers.shape[0]
-    return buffers.index(block % STAGES)
-
-
-@gluon.jit
-def _wait(ring, block):
-    full = ring[1]
-    STAGES: gl.constexpr = full.shape[0]
-    mbarrier.wait(full.index(block % STAGES), block // STAGES & 1)
-
-
-@gluon.jit
-def _free(ring, block, pred=True):
-    free = ring[2]
-    STAGES: gl.constexpr = free.shape[0]
-    mbarrier.arrive(free.index((block + STAGES) % STAGES), pred=pred)
-
-
-@gluon.jit
 def _step(
     block, state, group, shared, factor, k_tokens,
     LAST: gl.constexpr, EVERY: gl.constexpr, TURNS: gl.constexpr, SKIP: gl.constexpr,
@@ -126,21 +108,21 @@ def _step(
     weight = operand(words, OUT)
     if TURNS:
         mbarrier.wait(turns.index(group), (block + (group == 0)) & 1)
-    logits = _logits(queries.index(group), _buffer(keys, block + 1), LOGITS)
-    v = _buffer(values, block).permute((1, 0))
+    logits = _logits(queries.index(group), buffer(keys, block + 1), LOGITS)
+    v = buffer(values, block).permute((1, 0))
     result = warpgroup_mma(weight, v, result, is_async=True)
     if TURNS:
         mbarrier.arrive(turns.index((group + 1) % GROUPS))
     logits = warpgroup_mma_wait(1, [logits]).to(gl.float32, bitcast=True)
-    _free(keys, block + 1)
-    _free(values, block - 1, block > 0)
+    release(keys, block + 1)
+    release(values, block - 1, block > 0)
     if LAST:
         logits = mask(logits, (block + 1) * SIZE, k_tokens)
     peak, total, decay, exps = online_softmax(logits, peak, total, factor, EVERY)
     # Without these waits in between, ptxas would move the next one to before the softmax.
-    _wait(values, block + 1)
+    wait(values, block + 1)
     if not LAST:
-        _wait(keys, block + 2)
+        wait(keys, block + 2)
     result = warpgroup_mma_wait(0, [result])
     # The product by v reads the old words till then, the new ones may take their registers.
     return rounded(exps), peak, total, rescale(result, decay, SKIP)
@@ -157,24 +139,24 @@ def _attend(group, common, EVERY: gl.constexpr, TURNS: gl.constexpr, SKIP: gl.co
     OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 32])
     last = (k_tokens + SIZE - 1) // SIZE - 1
     mbarrier.wait(q_full, 0)
-    _wait(keys, 0)
-    logits = _logits(queries.index(group), _buffer(keys, 0), LOGITS)
+    wait(keys, 0)
+    logits = _logits(queries.index(group), buffer(keys, 0), LOGITS)
     logits = warpgroup_mma_wait(0, [logits]).to(gl.float32, bitcast=True)
-    _free(keys, 0)
+    release(keys, 0)
     peak = gl.full([ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, LOGITS))
     total = thread_sums(gl.zeros([ROWS, SIZE], gl.float32, LOGITS))
     logits = mask(logits, 0, k_tokens)
     peak, total, _decay, exps = online_softmax(logits, peak, total, factor, EVERY)
     state = rounded(exps), peak, total, gl.zeros([ROWS, D], gl.float32, OUT)
-    _wait(values, 0)
+    wait(values, 0)
     if last > 0:
-        _wait(keys, 1)
+        wait(keys, 1)
     for block in range(last - 1):
         state = _step(block, state, group, shared, factor, k_tokens, False, EVERY, TURNS, SKIP)
     if last > 0:
         state = _step(last - 1, state, group, shared, factor, k_tokens, True, EVERY, TURNS, SKIP)
     words, peak, total, result = state
-    v = _buffer(values, last).permute((1, 0))
+    v = buffer(values, last).permute((1, 0))
     result = warpgroup_mma(operand(words, OUT), v, result, is_async=True)
     result = warpgroup_mma_wait(0, [result])
     whole = gl.convert_layout(gl.sum(total, 1), gl.SliceLayout(1, OUT))
@@ -192,17 +174,6 @@ def _store(result, to, first, q_tokens):
 
 
 @gluon.jit
-def _fill(ring, desc, block, row, column):
-    full, free = ring[1], ring[2]
-    STAGES: gl.constexpr = full.shape[0]
-    stage = block % STAGES
-    mbarrier.wait(free.index(stage), (block // STAGES & 1) ^ 1)
-    mbarrier.expect(full.index(stage), desc.block_type.nbytes)
-    at = [row, column]
-    tma.async_copy_global_to_shared(desc, at, full.index(stage), ring[0].index(stage))
-
-
-@gluon.jit
 def _load(descriptors, rows, shared, q_full, k_tokens):
     """What the loading warp does."""
     q, k, v = descriptors
@@ -214,25 +185,8 @@ def _load(descriptors, rows, shared, q_full, k_tokens):
     for group in gl.static_range(GROUPS):
         tma.async_copy_global_to_shared(q, [q_row + group * ROWS, 0], q_full, queries.index(group))
     for block in range((k_tokens + SIZE - 1) // SIZE):
-        _fill(keys, k, block, k_row + block * SIZE, 0)
-        _fill(values, v, block, v_row, block * SIZE)
-
-
-@gluon.jit
-def _barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
-    barriers = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(COUNT):
-        mbarrier.init(barriers.index(i), ARRIVALS)
-    return barriers
-
-
-@gluon.jit
-def _ring(desc, STAGES: gl.constexpr, GROUPS: gl.constexpr):
-    """Buffers for blocks of `desc`, and their barriers `full` and `free`."""
-    N: gl.constexpr = desc.block_shape[0]
-    M: gl.constexpr = desc.block_shape[1]
-    buffers = gl.allocate_shared_memory(desc.dtype, [STAGES, N, M], desc.layout)
-    return buffers, _barriers(STAGES, 1), _barriers(STAGES, GROUPS)
+        fill(keys, k, block, k_row + block * SIZE, 0)
+        fill(values, v, block, v_row, block * SIZE)
 
 
 @gluon.jit(do_not_specialize=["q_tokens", "k_tokens"])
@@ -254,8 +208,13 @@ def _attention(
     out += (both // heads).to(gl.int64) * strides[0] + head.to(gl.int64) * strides[1]
     D: gl.constexpr = q.block_shape[1]
     queries = gl.allocate_shared_memory(q.dtype, [GROUPS, ROWS, D], q.layout)
-    q_full = _barriers(1, 1).index(0)
-    shared = queries, _ring(k, STAGES, GROUPS), _ring(v, STAGES, GROUPS), _barriers(GROUPS, 1)
+    q_full = make_barriers(1, 1).index(0)
+    shared = (
+        queries,
+        make_ring(k, STAGES, GROUPS),
+        make_ring(v, STAGES, GROUPS),
+        make_barriers(GROUPS, 1),
+    )
     fence_async_shared()
     rows = both * q_tokens + first, both * k_tokens, both * D
     load = (q, k, v), rows, shared, q_full, k_tokens
