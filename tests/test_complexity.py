@@ -8,7 +8,7 @@ import pstats
 import torch
 import torch.nn.functional as F
 import zoo
-from small import WEIGHTS, attend, normal, plain, quantized
+from small import WEIGHTS, attend, fused, normal, plain, quantized
 
 from wancompile import pipeline
 from wancompile.export import export
@@ -23,7 +23,8 @@ def calls_of_passes(variant: str, layers: int) -> int:
     profile = cProfile.Profile()
     profile.enable()
     program = quantized(pipeline.run(start, NORMALIZE), plain("int8"))
-    pipeline.run(program, [FoldConstants(), Lower(torch.device("cpu"))])
+    program = fused(pipeline.run(program, [FoldConstants()]))
+    pipeline.run(program, [Lower(torch.device("cpu"))])
     profile.disable()
     return pstats.Stats(profile).total_calls
 

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from small import WEIGHTS, X, attend, normal, plain, quantized
+from small import WEIGHTS, X, attend, fused, normal, plain, quantized
 
 import wancompile
 from wancompile import pipeline
@@ -81,7 +81,7 @@ def test_a_report_prints_roles_and_passes(report):
 
 
 def test_a_report_follows_its_program(report, programs):
-    later = report.with_program(pipeline.run(programs[1], [Lower(torch.device("cpu"))]))
+    later = report.with_program(pipeline.run(fused(programs[1]), [Lower(torch.device("cpu"))]))
     assert later.records[-1].name == "lower"
     assert later.bytes_before == report.bytes_before
     assert report.records[-1].name == "fold_constants"

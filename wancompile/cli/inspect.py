@@ -31,7 +31,7 @@ Print the graph of a model at a level, or the difference between two levels.
   NORMAL     one spelling, groups and folds proved
   OBSERVED   NORMAL with observers for calibration
   QUANTIZED  8-bit linears, and attention if the recipe says so
-  FUSED      QUANTIZED with norms, rotations and GELUs that round their own output
+  FUSED      QUANTIZED with norms, rotations and GELUs that round themselves
   LOWERED    FUSED with a kernel chosen for each op on this machine
 
 Values that belong to a linear or an attention are named after it. QUANTIZED
