@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import itertools
 import operator
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -45,7 +44,6 @@ class FuseNorm:
 
     def apply(self, draft: Draft) -> None:
         """Look behind every quantise op."""
-        position = match.position(draft.graph)
         for node in match.nodes_of(draft.graph, ops.quantize_per_token.default):
             norm = _norm_behind(node)
             if norm is None:
@@ -54,7 +52,7 @@ class FuseNorm:
             if reason:
                 draft.skip(node, reason, norm.node)
                 continue
-            _fuse(draft, node, norm, position)
+            _fuse(draft, node, norm)
         draft.sort()
 
 
@@ -89,7 +87,7 @@ def _norm_behind(node: Node) -> _Norm | None:
 
 def _peeled(value: Node, op: Any) -> tuple[Node, Node | None]:
     """Take a modulation off: the other operand, and the modulation if `value` has one."""
-    if not match.is_op(value, op):
+    if not match.is_op(value, op) or value.kwargs:  # alpha scales an operand
         return value, None
     for inner, outer in (match.operands(value), match.operands(value)[::-1]):
         if _is_normed(inner) and is_modulation(outer, match.shape(value)):
@@ -120,10 +118,10 @@ def _obstacle(norm: _Norm, node: Node) -> str:
     return "something else reads the normed values, too"
 
 
-def _fuse(draft: Draft, node: Node, norm: _Norm, position: Mapping[Node, int]) -> None:
+def _fuse(draft: Draft, node: Node, norm: _Norm) -> None:
     _, inv_smooth, dtype = match.args(node)
     residual = residual_of(norm.x)
-    if residual is not None and _depends([norm.weight, norm.bias], norm.x, position):
+    if residual is not None and _depends([norm.weight, norm.bias], norm.x):
         residual = None
     gate = residual.gate if residual is not None else None
     splits = [split(draft, one, node) for one in (gate, norm.weight, norm.bias)]
@@ -151,13 +149,10 @@ def _fuse_residual(draft: Draft, node: Node, total: Node, operands: list[Any]) -
     draft.graph.erase_node(node)
 
 
-def _depends(operands: list[Node | None], total: Node, position: Mapping[Node, int]) -> bool:
-    """Whether some operand is computed from `total`; nodes before it cannot be."""
-    todo = [one for one in operands if one is not None]
-    while todo:
-        one = todo.pop()
-        if one is total:
-            return True
-        if position.get(one, -1) > position.get(total, -1):
-            todo.extend(one.all_input_nodes)
-    return False
+def _depends(operands: list[Node | None], total: Node) -> bool:
+    """Whether some operand is computed from `total`.
+
+    The order of nodes tells nothing here: until it is sorted, early ones may read late ones.
+    """
+    starts = [one for one in operands if one is not None]
+    return total in match.backward(starts, lambda one: one is total)

@@ -74,7 +74,7 @@ class _Cut:
 
 def _cut(node: Node) -> _Cut | None:
     number = 0.0
-    if match.is_op(node, aten.add.Tensor):
+    if match.is_op(node, aten.add.Tensor) and not node.kwargs:
         left, right = match.operands(node)
         given = match.constant_number(right)
         if given is None or not match.is_tensor(left):
@@ -84,7 +84,7 @@ def _cut(node: Node) -> _Cut | None:
     if place is None:
         return None
     whole, dim, index = place
-    if not match.is_op(whole, aten.add.Tensor) or match.rank(whole) != 4:
+    if not match.is_op(whole, aten.add.Tensor) or match.rank(whole) != 4 or whole.kwargs:
         return None
     for table, base in (match.operands(whole), match.operands(whole)[::-1]):
         if match.is_constant(table) and match.is_tensor(base) and _is_table(table, whole, dim):

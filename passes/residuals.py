@@ -27,6 +27,8 @@ def residual_of(total: Node) -> Residual | None:
     added = match.narrowed_from(total)
     if not match.is_op(added, aten.add.Tensor) or match.rank(added) != 3:
         return None
+    if added.kwargs:  # alpha scales an operand
+        return None
     left, right = match.operands(added)
     if not match.is_tensor(left) or not match.is_tensor(right):
         return None
