@@ -32,15 +32,12 @@ MODULE = "benchmarks.attention_variants"
 DEVICE = "cuda"
 TYPES = {"int8": INT8, "fp8": FP8}
 VARIANTS = {
-    "2x128 p4": Tile(),
-    "2x128 p0": Tile(polynomial=0),
-    "2x128 p8": Tile(polynomial=8),
+    "2x128 p0": Tile(),
     "2x128 p2": Tile(polynomial=2),
-    "2x128 p4 no turns": Tile(turns=False),
-    "2x128 p4 no skip": Tile(skip=False),
-    "3x64 p0": Tile(groups=3, keys=64, polynomial=0),
-    "3x64 p4": Tile(groups=3, keys=64),
-    "3x64 p4 no turns": Tile(groups=3, keys=64, turns=False),
+    "2x128 p4": Tile(polynomial=4),
+    "2x128 p8": Tile(polynomial=8),
+    "3x64 p0": Tile(groups=3, keys=64),
+    "3x64 p4": Tile(groups=3, keys=64, polynomial=4),
 }
 RIVALS = {"triton": ["int8", "fp8"], "FA3": ["fp8"]}
 TOKENS = (32_760, 75_600)

@@ -37,7 +37,6 @@ VARIANTS = {
     "s4 b2": linear_hopper.Tile(),
     "s4 b2 g16": linear_hopper.Tile(group=16),
     "s3 b4": linear_hopper.Tile(stages=3, buffers=4),
-    "s4 b2 i128": linear_hopper.Tile(instruction=128),
 }
 ODD = (1552, 5120)  # K no multiple of a step
 TIMED = [(5120, 13824), (13824, 5120), (5120, 5120), (5120, 15360), (1536, 8960)]  # K, N

@@ -10,7 +10,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from wancompile import kernels, ops
 from wancompile.kernels import KERNELS, base, choose, torch_attention, torch_linear
-from wancompile.kernels.triton_linear import LINEAR_TRITON
+from wancompile.kernels.hopper_linear import LINEAR_HOPPER
 from wancompile.ops import linear
 from wancompile.quant.numerics import FP8, INT8
 
@@ -86,15 +86,16 @@ def give(monkeypatch, capability, reason_against_triton=None):
 @pytest.mark.parametrize(
     ("capability", "op", "args", "name"),
     [
-        ((9, 0), LINEAR, linear_args(FP8), "linear_triton"),
-        ((9, 0), LINEAR, linear_args(INT8), "linear_triton"),
+        ((9, 0), LINEAR, linear_args(FP8, k=5120), "linear_hopper"),
+        ((9, 0), LINEAR, linear_args(FP8, k=1536), "fp8_linear_scaled_mm"),
+        ((9, 0), LINEAR, linear_args(INT8), "linear_hopper"),
         ((9, 0), LINEAR, with_float64_bias(linear_args(FP8)), "fp8_linear_scaled_mm"),
         ((8, 9), LINEAR, linear_args(FP8), "fp8_linear_scaled_mm"),
         ((10, 0), LINEAR, linear_args(FP8), "fp8_linear_scaled_mm"),
         ((9, 0), LINEAR, linear_args(INT8, k=72, n=8), "int8_linear_int_mm"),
         ((8, 0), LINEAR, linear_args(INT8), "int8_linear_int_mm"),
-        ((9, 0), ATTENTION, attention_args(), "attention_triton"),
-        ((9, 0), ATTENTION, attention_args(128), "attention_triton"),
+        ((9, 0), ATTENTION, attention_args(), "attention_hopper"),
+        ((9, 0), ATTENTION, attention_args(128), "attention_hopper"),
         ((9, 0), ATTENTION, attention_args(80), "attention_dequantize_sdpa"),
         ((8, 9), ATTENTION, attention_args(), "attention_dequantize_sdpa"),
         ((8, 0), PER_TOKEN, quantize_args(INT8), "quantize_per_token_triton"),
@@ -122,6 +123,7 @@ def test_a_gpu_gets_a_kernel(monkeypatch, capability, op, args, name):
     ("op", "args", "name", "reason"),
     [
         (LINEAR, linear_args(FP8, k=72), "linear_triton", "K=72 is not a multiple of 16"),
+        (LINEAR, linear_args(FP8, k=1536), "linear_hopper", "torch is faster for e4m3"),
         (LINEAR, linear_args(INT8, n=8), "linear_triton", "N=8 is not a multiple of 16"),
         (LINEAR, with_float64_bias(linear_args(INT8)), "linear_triton", "bias is torch.float64"),
         (LINEAR, (*linear_args(INT8)[:5], torch.float64), "linear_triton", "output is torch.float"),
@@ -250,7 +252,7 @@ def test_symbolic_tokens_are_no_obstacle_and_symbolic_features_are():
     x = mode.from_tensor(torch.empty(48, 64, dtype=INT8))
     assert not isinstance(x.shape[0], int)
     kernel, _ = choose(LINEAR, CUDA, (x, *rest))
-    assert kernel is LINEAR_TRITON
+    assert kernel is LINEAR_HOPPER
     rest[1] = mode.from_tensor(torch.empty(40, 64, dtype=INT8))
     assert dict(choose(LINEAR, CUDA, (x, *rest))[1])["linear_triton"] == "K is not static"
 

@@ -40,10 +40,10 @@ EPS = 1e-6
 
 
 def stream(*shape: int, device: torch.device) -> Tensor:
-    """Values with a mean, a few channels 100 times larger, and a last row of equal values."""
+    """Values with a mean, a few channels 100 times larger, and a last row of zeros."""
     x = torch.randn(shape, device=device) + 0.5
     x[..., :: max(1, shape[-1] // 4)] *= 100
-    x[..., -1, :] = 3
+    x[..., -1, :] = 0
     return x.to(torch.bfloat16)
 
 
@@ -81,6 +81,17 @@ def test_norm_kernel_is_the_plain_body(cuda, dtype, kind, operands, shape):
     smooth = None if kind == "video" else torch.rand(shape[-1], device=cuda) + 0.5
     args = stream(*shape, device=cuda), *modulated, EPS, smooth, dtype
     assert_quantized_alike(fitting(NORM, cuda, args)[0].impl(*args), ops.norm_quantize(*args))
+
+
+@pytest.mark.parametrize("channels", [300, 5120])
+def test_a_row_of_equal_values_becomes_the_bias(cuda, channels):
+    """Its variance is 0, so what its mean is rounded by comes out a thousand times larger."""
+    x = torch.full((1, 4, channels), 3.0, device=cuda, dtype=torch.bfloat16)
+    bias = torch.randn(channels, device=cuda)
+    args = x, None, None, bias, None, None, EPS, None, INT8
+    for kernel in fitting(NORM, cuda, args):
+        q, scale = kernel.impl(*args)
+        assert ((q * scale - bias).abs() <= 0.5 * scale + 2e-3).all()
 
 
 @pytest.mark.parametrize(("dtype", "kind", "operands"), CASES)

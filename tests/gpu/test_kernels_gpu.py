@@ -203,29 +203,30 @@ def test_quantize_kernels_show_nan(cuda, dtype):
 @pytest.mark.parametrize("dtype", [INT8, FP8])
 def test_kernels_never_wait_for_the_gpu_and_compile_once_for_all_lengths(cuda, dtype):
     pytest.importorskip("triton")
-    from wancompile.kernels.jit import linear
+    from wancompile.kernels.jit import linear_hopper
 
     def run(tokens: int) -> None:
-        args = (*linear_args((tokens, 256, 512), dtype, cuda), torch.bfloat16)
+        args = (*linear_args((tokens, 2048, 512), dtype, cuda), torch.bfloat16)
         fitting(LINEAR, cuda, args)[0].impl(*args)
         given = attention_args(dtype, 1, (tokens, tokens), 128, cuda)
         fitting(ATTENTION, cuda, given)[0].impl(*given)
 
     run(128)
-    compiled = len(linear._linear.device_caches[cuda.index][0])
+    compiled = len(linear_hopper._linear_hopper.device_caches[cuda.index][0])
+    assert compiled
     for tokens in (1, 16, 127, 130):
         run(tokens)
-    assert len(linear._linear.device_caches[cuda.index][0]) == compiled
-    x = torch.randn(100, 256, device=cuda)
+    assert len(linear_hopper._linear_hopper.device_caches[cuda.index][0]) == compiled
+    x = torch.randn(100, 2048, device=cuda)
     q, scale = torch.ops.wancompile_kernels.quantize_per_token_triton(x, None, dtype)
     weight, weight_scale = torch.ops.wancompile_kernels.quantize_per_token_triton(
-        torch.randn(512, 256, device=cuda), None, dtype
+        torch.randn(512, 2048, device=cuda), None, dtype
     )
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
         torch.ops.wancompile_kernels.quantize_per_token_triton(x, None, dtype)
-        torch.ops.wancompile_kernels.linear_triton(
+        torch.ops.wancompile_kernels.linear_hopper(
             q, scale, weight, weight_scale, None, torch.bfloat16
         )
     finally:
@@ -263,11 +264,13 @@ def test_observer_agrees_with_the_cpu_and_never_waits(cuda):
     torch.cuda.set_sync_debug_mode("error")
     try:
         ops.observe_channels(x, *ours, label, 3)
-        heads = torch.zeros(2, 4, 24, device=cuda)
-        ops.observe_heads(x.view(1, 4, 100, 24), heads, label)
+        low = torch.full((2, 4, 24), torch.inf, device=cuda)
+        high = torch.full((2, 4, 24), -torch.inf, device=cuda)
+        ops.observe_heads(x.view(1, 4, 100, 24), low, high, label)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     ops.observe_channels(x.cpu(), *theirs, label.cpu(), 3)
     for got, expected in zip(ours, theirs, strict=True):
         assert torch.equal(got.cpu(), expected)
-    assert torch.equal(heads[1], x.view(4, 100, 24).abs().amax(1).float())
+    assert torch.equal(high[1], x.view(4, 100, 24).amax(1).float())
+    assert torch.equal(low[1], x.view(4, 100, 24).amin(1).float())

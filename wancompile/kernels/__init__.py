@@ -11,6 +11,9 @@ import torch
 from torch._ops import OpOverload
 
 from wancompile.kernels.base import Kernel
+from wancompile.kernels.fa3_attention import ATTENTION_FA3
+from wancompile.kernels.hopper_attention import ATTENTION_HOPPER
+from wancompile.kernels.hopper_linear import LINEAR_HOPPER
 from wancompile.kernels.torch_attention import ATTENTION_CUDNN, ATTENTION_DEQUANTIZE_SDPA
 from wancompile.kernels.torch_linear import FP8_LINEAR_SCALED_MM, INT8_LINEAR_INT_MM
 from wancompile.kernels.triton_activation import GELU_QUANTIZE_TRITON
@@ -26,6 +29,7 @@ from wancompile.kernels.triton_quantize import QUANTIZE_PER_HEAD_TRITON, QUANTIZ
 from wancompile.kernels.triton_rotary import NORM_ROTATE_QUANTIZE_TRITON
 
 KERNELS: tuple[Kernel, ...] = (
+    LINEAR_HOPPER,
     LINEAR_TRITON,
     FP8_LINEAR_SCALED_MM,
     INT8_LINEAR_INT_MM,
@@ -37,6 +41,8 @@ KERNELS: tuple[Kernel, ...] = (
     RESIDUAL_NORM_QUANTIZE_TRITON,
     ADD_GATED_TRITON,
     RMS_NORM_TRITON,
+    ATTENTION_FA3,
+    ATTENTION_HOPPER,
     ATTENTION_TRITON,
     ATTENTION_DEQUANTIZE_SDPA,
     ATTENTION_CUDNN,

@@ -68,6 +68,14 @@ def lacks_hopper(device: torch.device) -> str | None:
     return lacks_triton_device(device, (9, 0))
 
 
+def lacks_gluon() -> str | None:
+    """The reason why a kernel written in Gluon, the lower layer of Triton, cannot run."""
+    lacking = lacks_triton()
+    if lacking is None and importlib.util.find_spec("triton.experimental.gluon") is None:
+        return "this triton has no gluon"
+    return lacking
+
+
 def lacks_float(name: str, dtype: torch.dtype) -> str | None:
     """The reason why a kernel that computes in fp32 does not take or give floats of `dtype`."""
     return None if dtype in _FLOATS else f"{name} is {dtype}, not a float of 16 or 32 bits"

@@ -6,7 +6,7 @@ import importlib.util
 import torch
 from torch import Tensor
 
-from wancompile.kernels.base import Kernel, capability, lacks_dtype
+from wancompile.kernels.base import Kernel, lacks_dtype, lacks_hopper
 from wancompile.ops.attention import check_attention, empty_output, fake_scaled_attention
 from wancompile.quant.numerics import FP8
 
@@ -38,7 +38,7 @@ def attention_fa3(
     operands = (one.transpose(1, 2) for one in (q.contiguous(), k.contiguous(), v.contiguous()))
     scales = (one.expand(batch, -1).contiguous() for one in (q_scale, k_scale, v_scale))
     named = dict(zip(("q_descale", "k_descale", "v_descale"), scales, strict=True))
-    out = torch.ops.fa3_fwd.fwd(*operands, **named, softmax_scale=softmax_scale)[0]
+    out: Tensor = torch.ops.fa3_fwd.fwd(*operands, **named, softmax_scale=softmax_scale)[0]
     return out.to(out_dtype).transpose(1, 2)
 
 
@@ -48,11 +48,11 @@ attention_fa3.register_fake(fake_scaled_attention)
 def _supports(device: torch.device, args: tuple[object, ...]) -> str | None:
     q = args[0]
     assert isinstance(q, Tensor)
+    reason = lacks_hopper(device)
+    if reason is not None:
+        return reason
     if importlib.util.find_spec("fa3_fwd") is None:
         return "the package fa3-fwd is not installed (wancompile[hopper])"
-    have = capability(device)
-    if have is None or have[0] != 9:
-        return f"needs a CUDA device of compute capability 9.x, not {device.type} {have or ''}"
     if q.shape[3] not in _HEAD_SIZES:
         return f"takes a head size of {' or '.join(map(str, _HEAD_SIZES))}, not {q.shape[3]}"
     return lacks_dtype(q, FP8)

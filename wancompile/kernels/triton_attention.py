@@ -38,7 +38,8 @@ def attention_triton(
 attention_triton.register_fake(fake_scaled_attention)
 
 
-def _supports(device: torch.device, args: tuple[object, ...]) -> str | None:
+def fits_flash_attention(device: torch.device, args: tuple[object, ...]) -> str | None:
+    """The reason why a `scaled_attention` cannot be one of the kernels for Hopper."""
     q, softmax_scale, out_dtype = args[0], args[6], args[7]
     assert isinstance(q, Tensor)
     assert isinstance(softmax_scale, float)
@@ -57,5 +58,5 @@ ATTENTION_TRITON = Kernel(
     "attention_triton",
     torch.ops.wancompile.scaled_attention.default,
     torch.ops.wancompile_kernels.attention_triton.default,
-    _supports,
+    fits_flash_attention,
 )

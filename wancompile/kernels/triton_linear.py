@@ -5,6 +5,9 @@ from torch import Tensor
 
 from wancompile.kernels.base import Kernel, aligned, lacks_float, lacks_hopper, lacks_multiple
 from wancompile.ops.linear import check_scaled_linear, fake_scaled_linear
+from wancompile.quant.numerics import FP8
+
+_SHALLOW = 1536  # 1,234 TFLOP/s to 1,135; at 5,120 it is 1,247 to 1,319
 
 
 @torch.library.custom_op("wancompile_kernels::linear_triton", mutates_args=())
@@ -41,7 +44,8 @@ def linear_triton(
 linear_triton.register_fake(fake_scaled_linear)
 
 
-def _supports(device: torch.device, args: tuple[object, ...]) -> str | None:
+def fits_tensor_cores(device: torch.device, args: tuple[object, ...]) -> str | None:
+    """The reason why a `scaled_linear` cannot, or should not, be one of the kernels for Hopper."""
     weight, bias, out_dtype = args[2], args[4], args[5]
     assert isinstance(weight, Tensor)
     assert isinstance(out_dtype, torch.dtype)
@@ -52,12 +56,18 @@ def _supports(device: torch.device, args: tuple[object, ...]) -> str | None:
         or lacks_multiple("N", out_features, 16)
         or (lacks_float("the bias", bias.dtype) if isinstance(bias, Tensor) else None)
         or lacks_float("the output", out_dtype)
+        or _lacks_depth(weight.dtype, in_features)
     )
+
+
+def _lacks_depth(dtype: torch.dtype, depth: int) -> str | None:
+    is_slower = dtype == FP8 and depth <= _SHALLOW
+    return f"torch is faster for e4m3 with K={depth}" if is_slower else None
 
 
 LINEAR_TRITON = Kernel(
     "linear_triton",
     torch.ops.wancompile.scaled_linear.default,
     torch.ops.wancompile_kernels.linear_triton.default,
-    _supports,
+    fits_tensor_cores,
 )

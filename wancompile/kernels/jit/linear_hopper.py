@@ -1,7 +1,6 @@
 """The matrix product of `linear`, in Gluon: warps that only load feed warps that only multiply.
 
-Triton multiplies int8 by at most 128 columns at a time and e4m3 by 256; here both take 256. One
-program per multiprocessor works through many tiles. Its warps have three kinds of work:
+One program per multiprocessor works through many tiles. Its warps have three kinds of work:
 
 - the producer, one warp, loads operands by TMA into a ring of stages;
 - each consumer, four warps, multiplies 64 rows of the tile with all its columns, keeps the sums
@@ -29,7 +28,6 @@ an edge are loaded as zeros, all their bytes counted, and are not stored.
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -47,8 +45,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from wancompile.kernels.jit.linear_hopper_store import column_factors, store, values
-from wancompile.kernels.jit.wide_int8 import WIDE_INT8_ENTRY, wide_int8
-from wancompile.quant.numerics import FP8, INT8
+from wancompile.quant.numerics import INT8
 
 _tma_load = (  # under both of its names, before and since Triton 3.7
     tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
@@ -58,7 +55,7 @@ _CONSUMERS = gl.constexpr(2)
 _ROWS = gl.constexpr(64)  # of one wgmma instruction: what the four warps of a consumer multiply
 _BLOCK_M = gl.constexpr(128)  # rows of all consumers
 _LINE = gl.constexpr(128)  # bytes of the widest swizzle: one row of a stage or of a result buffer
-_WIDEST_INT8 = 128  # columns of the widest int8 instruction that Triton writes and tiles can have
+_WIDEST_INT8 = 128  # columns: what PTX has beyond it, Triton does not write, or is no power of two
 
 
 @dataclass(frozen=True)
@@ -67,17 +64,18 @@ class Tile:
 
     Attributes:
         n: columns of the output that one program computes at a time: 128 or 256.
-        instruction: how many of these one instruction multiplies; for int8, 256 takes `wide_int8`.
         stages: how many loads of operands, each 128 long, are in flight; at least 2.
         buffers: per consumer, how many chunks of the result are on their way out.
         group: rows of tiles that are computed side by side, so that they share weights in L2.
     """
 
     n: int = 256
-    instruction: int = 256
     stages: int = 4
     buffers: int = 2
     group: int = 8
+
+
+_FP8_TILE = Tile(stages=3, buffers=4)
 
 
 @gluon.jit
@@ -130,7 +128,6 @@ def _consume(
     K: gl.constexpr,
     GROUP: gl.constexpr,
     INSTRUCTION: gl.constexpr,
-    WIDE_INT8: gl.constexpr,
     HAS_BIAS: gl.constexpr,
     PART: gl.constexpr,
 ):
@@ -163,19 +160,12 @@ def _consume(
             stage, phase = _next(stage, phase, STAGES)
         total = warpgroup_mma_wait(0, deps=[total])
         mbarrier.arrive(empty.index(before))
-        if WIDE_INT8:
-            total = total.to(gl.int32, bitcast=True)
         store(out, total, buffers, row_scale, factors, by, row, column, N, CHUNK, HAS_BIAS)
     tma.store_wait(0)
 
 
-def _entry(specialization) -> str:
-    """The kernel's name in PTX, by which `wide_int8` finds it."""
-    return WIDE_INT8_ENTRY if specialization.constants["WIDE_INT8"] else "linear_hopper"
-
-
-@gluon.jit(do_not_specialize=["rows"], repr=_entry)
-def _linear(
+@gluon.jit(do_not_specialize=["rows"])
+def _linear_hopper(
     x,
     weight,
     out,
@@ -189,7 +179,6 @@ def _linear(
     BUFFERS: gl.constexpr,
     GROUP: gl.constexpr,
     INSTRUCTION: gl.constexpr,
-    WIDE_INT8: gl.constexpr,
     HAS_BIAS: gl.constexpr,
 ):
     """`x`, `weight` and `out` are descriptors: beyond their edges they load 0 and store nothing."""
@@ -210,14 +199,8 @@ def _linear(
     # The first consumer is the program's own four warps; it has the registers that are left over.
     gl.warp_specialize(
         [
-            (
-                _consume,
-                (out, ring, to0, by, rows, N, K, GROUP, INSTRUCTION, WIDE_INT8, HAS_BIAS, 0),
-            ),
-            (
-                _consume,
-                (out, ring, to1, by, rows, N, K, GROUP, INSTRUCTION, WIDE_INT8, HAS_BIAS, 1),
-            ),
+            (_consume, (out, ring, to0, by, rows, N, K, GROUP, INSTRUCTION, HAS_BIAS, 0)),
+            (_consume, (out, ring, to1, by, rows, N, K, GROUP, INSTRUCTION, HAS_BIAS, 1)),
             (_produce, (x, weight, ring, rows, N, K, GROUP)),
         ],
         [4, 1],
@@ -245,33 +228,29 @@ def launch(
         out: `[M, N]`, a float of 16 or 32 bits; M > 0.
         tile: None for the fastest measured on an H100.
     """
-    tile = tile or Tile()
+    is_int8 = x.dtype == INT8
+    tile = tile or (Tile() if is_int8 else _FP8_TILE)
     rows, columns, depth = x.shape[0], weight.shape[0], x.shape[1]
     tiles = triton.cdiv(rows, _BLOCK_M.value) * triton.cdiv(columns, tile.n)
     programs = torch.cuda.get_device_properties(x.device).multi_processor_count
-    wide = x.dtype == INT8 and tile.instruction > _WIDEST_INT8
-    if wide:
-        x, weight = x.view(FP8), weight.view(FP8)
-    with wide_int8() if wide else nullcontext():
-        _linear[(min(programs, tiles),)](
-            _descriptor(x, _ROWS.value),
-            _descriptor(weight, tile.n),
-            _descriptor(out, _ROWS.value),
-            x_scale,
-            weight_scale,
-            weight_scale if bias is None else bias,
-            rows,
-            N=columns,
-            K=depth,
-            STAGES=tile.stages,
-            BUFFERS=tile.buffers,
-            GROUP=tile.group,
-            INSTRUCTION=tile.instruction,
-            WIDE_INT8=wide,
-            HAS_BIAS=bias is not None,
-            num_warps=4,
-            enable_fp_fusion=False,  # it would round once less than the plain body
-        )
+    _linear_hopper[(min(programs, tiles),)](
+        _descriptor(x, _ROWS.value),
+        _descriptor(weight, tile.n),
+        _descriptor(out, _ROWS.value),
+        x_scale,
+        weight_scale,
+        weight_scale if bias is None else bias,
+        rows,
+        N=columns,
+        K=depth,
+        STAGES=tile.stages,
+        BUFFERS=tile.buffers,
+        GROUP=tile.group,
+        INSTRUCTION=min(tile.n, _WIDEST_INT8) if is_int8 else tile.n,
+        HAS_BIAS=bias is not None,
+        num_warps=4,
+        enable_fp_fusion=False,  # it would round once less than the plain body
+    )
 
 
 def _descriptor(tensor: Tensor, rows: int) -> TensorDescriptor:

@@ -97,19 +97,15 @@ def _exp2(x, EVERY: gl.constexpr):
 
 
 @gluon.jit
-def rescale(result, decay, SKIP: gl.constexpr):
-    """`result [64, D]` times `decay [64]`; with `SKIP`, warps whose factors are all 1 jump."""
+def rescale(result, decay):
+    """`result [64, D]` times `decay [64]`; warps whose factors are all 1 jump."""
     layout: gl.constexpr = result.type.layout
     D: gl.constexpr = result.shape[1]
     decay = gl.convert_layout(decay, gl.SliceLayout(1, layout), assert_trivial=True)[:, None]
-    if SKIP:
-        asm: gl.constexpr = _RESCALE[D]
-        operands: gl.constexpr = _RESCALE_OPERANDS[D]
-        values = [result, decay]
-        result = gl.inline_asm_elementwise(asm, operands, values, gl.float32, True, D // 2)
-    else:
-        result = result * decay
-    return result
+    asm: gl.constexpr = _RESCALE[D]
+    operands: gl.constexpr = _RESCALE_OPERANDS[D]
+    values = [result, decay]
+    return gl.inline_asm_elementwise(asm, operands, values, gl.float32, True, D // 2)
 
 
 @gluon.jit
