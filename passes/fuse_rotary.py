@@ -18,6 +18,7 @@ A stored vector that is subtracted before rounding is taken up by the op.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
@@ -30,8 +31,6 @@ from wancompile.ir.levels import Level
 
 aten = torch.ops.aten
 ops = torch.ops.wancompile
-
-_VIEWS = (aten.reshape.default, aten.to.dtype)
 
 
 @dataclass(frozen=True)
@@ -94,26 +93,40 @@ def _rotation_behind(node: Node) -> _Rotation | str:
     value, shift = _unshifted(match.args(node)[0])
     if not match.is_op(value, aten.permute.default) or list(match.args(value)[1]) != [0, 2, 1, 3]:
         return "its heads are not laid out as [B, S, H, D] before"
-    stack = match.strip(match.args(value)[0], _VIEWS)
-    if not match.is_op(stack, aten.stack.default) or not _is_last(
-        stack, match.arg(stack, 1, "dim", 0)
-    ):
+    heads = match.args(value)[0]
+    stack = _laid_out_from(heads)
+    if not _stacks_pairs(stack) or not _alike(match.shape(stack)[:3], match.shape(heads)[:3]):
         return "its operand is not rotated by pairs of channels"
-    turned = _turned(*(match.strip(part) for part in match.args(stack)[0]))
-    if turned is None:
+    turns = list(_turns(*map(match.narrowed_from, match.args(stack)[0])))
+    if not turns:
         return "its operand is not a rotation of pairs"
-    even, odd, cos, sin = turned
-    pairs = _pairs(even, odd)
-    if pairs is None or not all(_is_table(angle, match.shape(pairs)) for angle in (cos, sin)):
+    turn = next(filter(_is_by_table, turns), None)
+    if turn is None:
         return "its pairs are not neighbouring channels turned by a table of angles"
-    normed = _normed(pairs)
+    normed = _normed(turn.even.args[0])
     if normed is None:
         return "there is no RMSNorm over all heads before the rotation"
-    return _Rotation(normed, cos, sin, shift)
+    return _Rotation(normed, turn.cos, turn.sin, shift)
+
+
+def _laid_out_from(node: Node) -> Node:
+    """Walk back over reshapes and casts between floats."""
+    last = None
+    while node is not last:
+        last = node
+        node = match.strip(match.narrowed_from(node), (aten.reshape.default,))
+    return node
+
+
+def _stacks_pairs(node: Node) -> bool:
+    """Whether `node` is `[B, S, H, D / 2, 2]`, two values side by side."""
+    if not match.is_op(node, aten.stack.default) or match.rank(node) != 5:
+        return False
+    return len(match.args(node)[0]) == 2 and _is_last(node, match.arg(node, 1, "dim", 0))
 
 
 def _unshifted(value: Node) -> tuple[Node, Node | None]:
-    if not match.is_op(value, aten.sub.Tensor):
+    if not match.is_op(value, aten.sub.Tensor) or value.kwargs:  # alpha scales an operand
         return value, None
     rotated, shift = match.operands(value)
     if not match.is_constant(shift) or not match.is_tensor(rotated) or match.rank(rotated) != 4:
@@ -131,37 +144,54 @@ def _stored_shift(draft: Draft, shift: Node | None, before: Node) -> Node | None
     return draft.store(f"{shift.target}_flat", tensor.flatten(0, 1), before=before)
 
 
-def _turned(a: Node, b: Node) -> tuple[Node, Node, Node, Node] | None:
-    """Return (even, odd, cos, sin) of `a = even cos - odd sin`, `b = even sin + odd cos`."""
+class _Turn(NamedTuple):
+    """`even cos - odd sin` beside `even sin + odd cos`."""
+
+    even: Any
+    odd: Any
+    cos: Any
+    sin: Any
+
+
+def _turns(a: Node, b: Node) -> Iterator[_Turn]:
+    """Yield every reading of (a, b) as a turn: pairs and angles have the same place in it."""
     if not match.is_op(a, aten.sub.Tensor) or not match.is_op(b, aten.add.Tensor):
-        return None
-    products = [match.strip(one) for one in (*match.operands(a), *match.operands(b))]
-    if not all(match.is_op(one, aten.mul.Tensor) for one in products):
-        return None
-    factors = [frozenset(map(_unwidened, match.operands(one))) for one in products]
-    if not all(len(one) == 2 for one in factors):
-        return None
+        return
+    products = [_unrounded(one) for one in (*match.operands(a), *match.operands(b))]
+    if a.kwargs or b.kwargs or not all(match.is_op(one, aten.mul.Tensor) for one in products):
+        return
+    factors = [[_unwidened(one) for one in match.operands(product)] for product in products]
     even_cos, odd_sin, *rest = factors
-    for even, odd in itertools.product(even_cos, odd_sin):
-        (cos,), (sin,) = even_cos - {even}, odd_sin - {odd}
+    sums = [frozenset(one) for one in rest]
+    for (even, cos), (odd, sin) in itertools.product(_orders(even_cos), _orders(odd_sin)):
         wanted = [frozenset({even, sin}), frozenset({odd, cos})]
-        if rest in (wanted, wanted[::-1]) and match.is_op(even, aten.select.int):
-            return even, odd, cos, sin
-    return None
+        if sums in (wanted, wanted[::-1]):
+            yield _Turn(even, odd, cos, sin)
+
+
+def _orders(pair: list[Any]) -> tuple[list[Any], list[Any]]:
+    return pair, pair[::-1]
+
+
+def _unrounded(value: Any) -> Any:
+    return match.narrowed_from(value) if isinstance(value, Node) else value
 
 
 def _unwidened(value: Any) -> Any:
     return match.widened_from(value) if isinstance(value, Node) else value
 
 
-def _pairs(even: Any, odd: Any) -> Node | None:
-    """Return the value `[B, S, H, D / 2, 2]` whose last dim the two select from."""
+def _is_by_table(turn: _Turn) -> bool:
+    """Whether neighbouring channels of `[B, S, H, D / 2, 2]` turn by a table of angles."""
+    even, odd = turn.even, turn.odd
     if not match.is_op(even, aten.select.int) or not match.is_op(odd, aten.select.int):
-        return None
+        return False
     pairs, dim, index = match.args(even)
-    is_last = _is_last(pairs, dim) and match.rank(pairs) == 5
-    same = match.args(odd) == (pairs, dim, 1) and index == 0
-    return pairs if is_last and same and match.shape(pairs)[-1] == 2 else None
+    if match.rank(pairs) != 5 or match.shape(pairs)[-1] != 2 or not _is_last(pairs, dim):
+        return False
+    if index != 0 or match.args(odd) != (pairs, dim, 1):
+        return False
+    return all(_is_table(angle, match.shape(pairs)) for angle in (turn.cos, turn.sin))
 
 
 def _is_last(node: Node, dim: int) -> bool:
@@ -174,17 +204,22 @@ def _is_table(angle: Any, pairs: torch.Size) -> bool:
         return False
     shape = match.shape(angle)
     wanted = (1, pairs[1], 1, pairs[3])
-    return len(shape) == 4 and all(map(match.same, shape, wanted))
+    return len(shape) == 4 and _alike(shape, wanted)
+
+
+def _alike(one: Sequence[Any], other: Sequence[Any]) -> bool:
+    return all(map(match.same, one, other))
 
 
 def _normed(pairs: Node) -> tuple[Node, Node | None, float] | None:
     """Return (x, weight, eps) of the RMSNorm over all channels that `pairs` are laid out from."""
-    norm = match.strip(pairs, _VIEWS)
+    norm = _laid_out_from(pairs)
     if not match.is_op(norm, aten.rms_norm.default) or match.rank(norm) != 3:
         return None
     x, normalized = match.args(norm)[:2]
-    rows = zip(match.shape(pairs)[:2], match.shape(norm)[:2], strict=True)
-    if list(normalized) != [match.shape(norm)[-1]] or not all(match.same(*pair) for pair in rows):
+    if list(normalized) != [match.shape(norm)[-1]]:
+        return None
+    if not _alike(match.shape(pairs)[:2], match.shape(norm)[:2]):
         return None
     eps = match.arg(norm, 3, "eps")
     eps = torch.finfo(match.val(x).dtype).eps if eps is None else eps

@@ -139,7 +139,7 @@ def widened_from(node: Node) -> Node:
 def narrowed_from(node: Node) -> Node:
     """Walk back over casts between floats, those that round included."""
     while is_op(node, *CAST_OPS) and is_tensor(source := args(node)[0]):
-        if not val(source).is_floating_point():
+        if not (val(source).is_floating_point() and val(node).is_floating_point()):
             break
         node = source
     return node

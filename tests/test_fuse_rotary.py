@@ -1,0 +1,390 @@
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from fusing import TYPES, called_fused, calls, skips
+from kit import Function, counts, run_pass
+from small import CHANNELS, HEAD_DIM, HEADS, largest
+
+from wancompile.passes import FuseRotary
+from wancompile.pipeline import relative_error
+
+BF16 = torch.bfloat16
+DRAW = torch.Generator().manual_seed(0)
+X = torch.randn(2, 20, CHANNELS, generator=DRAW)
+TENSORS = {
+    "weight": 1 + 0.3 * torch.randn(CHANNELS, generator=DRAW),
+    "rates": torch.tensor([0.7, 0.1]),
+    "scale": torch.tensor([0.02, 0.03, 0.04]),
+}
+SHIFT = {"shift": torch.randn(HEADS, 1, HEAD_DIM, generator=DRAW)}
+
+
+def angles(self, x):
+    """[1, S, 1, D / 2], fp32."""
+    places = torch.arange(x.shape[1], dtype=torch.float32)
+    return (places[:, None] * self.rates.float())[None, :, None]
+
+
+def norm(self, x):
+    return F.rms_norm(x, (CHANNELS,), self.weight, 1e-6)
+
+
+def split(x):
+    return x.unflatten(-1, (HEADS, HEAD_DIM))
+
+
+def pairs(heads):
+    return heads.unflatten(-1, (-1, 2)).unbind(-1)
+
+
+def stored(heads, first, second):
+    """As Wan does it: strided stores into a fresh buffer."""
+    out = torch.empty_like(heads)
+    out[..., 0::2], out[..., 1::2] = first, second
+    return out.type_as(heads)
+
+
+def wan(self, x):
+    heads, turn = split(norm(self, x)), angles(self, x)
+    even, odd = pairs(heads)
+    cos, sin = turn.cos(), turn.sin()
+    return stored(heads, even * cos - odd * sin, even * sin + odd * cos).transpose(1, 2)
+
+
+def stacked(self, x):
+    """By another hand: stack, factors and terms the other way round, fp32 on the way."""
+    turn = angles(self, x)
+    even, odd = pairs(split(norm(self, x)).float())
+    first = turn.cos() * even - turn.sin() * odd
+    second = turn.cos() * odd + turn.sin() * even
+    return torch.stack((first, second), -1).flatten(-2).to(x.dtype).transpose(1, 2)
+
+
+def selected_tables(self, x):
+    """Cosine and sine are themselves halves of one value."""
+    turn = angles(self, x)
+    cos, sin = torch.stack((turn.cos(), turn.sin()), -1).unbind(-1)
+    even, odd = pairs(split(norm(self, x)))
+    parts = even * cos - odd * sin, even * sin + odd * cos
+    return torch.stack(parts, -1).flatten(-2).transpose(1, 2)
+
+
+def backwards(self, x):
+    """A rotation by minus the angle, with the signs in the table."""
+    turn = -angles(self, x)
+    even, odd = pairs(split(norm(self, x)))
+    parts = even * turn.cos() - odd * turn.sin(), even * turn.sin() + odd * turn.cos()
+    return torch.stack(parts, -1).flatten(-2).transpose(1, 2)
+
+
+def without_gain(self, x):
+    heads, turn = split(F.rms_norm(x, (CHANNELS,), eps=1e-5)), angles(self, x)
+    even, odd = pairs(heads)
+    parts = even * turn.cos() - odd * turn.sin(), even * turn.sin() + odd * turn.cos()
+    return stored(heads, *parts).transpose(1, 2)
+
+
+SPELLINGS = (wan, stacked, selected_tables, backwards, without_gain)
+
+
+def program(fn, x=X, dtype="int8", **more):
+    def rounded(self, x):
+        value = fn(self, x)
+        if "shift" in more:
+            value = value - self.shift
+        return torch.ops.wancompile.quantize_per_head(value, self.scale, TYPES[dtype])
+
+    return called_fused(rounded, x, **{**TENSORS, **more})
+
+
+def exact(fn, x, shift=0.0, **more):
+    with torch.no_grad():
+        value = fn(Function(fn, **{**TENSORS, **more}).double(), x.double())
+    return value.double() - shift
+
+
+def steps(q):
+    return q.double() * TENSORS["scale"].double()[:, None, None]
+
+
+def fused(fn, x=X, dtype="int8", **more):
+    return run_pass(program(fn, x, dtype, **more), FuseRotary())
+
+
+def test_norm_and_rotation_round_their_own_output(golden):
+    golden(fused(wan, **SHIFT).print("canonical"))
+
+
+@pytest.mark.parametrize("dtype", ["int8", "fp8"])
+@pytest.mark.parametrize("more", [{}, SHIFT], ids=["plain", "shifted"])
+@pytest.mark.parametrize("fn", SPELLINGS)
+def test_every_spelling_rounds_to_the_nearest(fn, more, dtype):
+    after = fused(fn, dtype=dtype, **more)
+    found = counts(after)
+    assert found["norm_rotate_quantize"] == 1
+    assert not {"rms_norm", "permute", "quantize_per_head"} & set(found)
+    q, before = after(x=X), program(fn, dtype=dtype, **more)(x=X)
+    value, step = exact(fn, X, **more), TENSORS["scale"].double()[:, None, None]
+    top = step * largest(dtype)
+    half = step / 2 if dtype == "int8" else torch.maximum(value.abs() / 16, step / 1024)
+    assert ((steps(q) - value.clamp(-top, top)).abs() <= half + 1e-5).all()
+    assert (q.float() != before.float()).float().mean() < 0.01
+    assert relative_error(steps(q), steps(before)) < 0.01
+
+
+@pytest.mark.parametrize("more", [{}, SHIFT], ids=["plain", "shifted"])
+@pytest.mark.parametrize("fn", SPELLINGS)
+def test_bf16_is_rounded_less_often(fn, more):
+    x, more = X.to(BF16), {"weight": TENSORS["weight"].to(BF16), **more}
+    after, before = fused(fn, x, **more), program(fn, x, **more)
+    assert counts(after)["norm_rotate_quantize"] == 1
+    expected = exact(fn, x, **more)
+    ours, theirs = (relative_error(steps(one(x=x)), expected) for one in (after, before))
+    assert ours < 1.02 * theirs
+
+
+def test_q_and_k_share_one_view_of_the_tables():
+    def fn(self, x):
+        op = torch.ops.wancompile.quantize_per_head
+        return [op(wan(self, one), self.scale, torch.int8) for one in (x, torch.tanh(x))]
+
+    after = run_pass(called_fused(fn, X, **TENSORS), FuseRotary())
+    assert counts(after)["norm_rotate_quantize"] == 2
+    first, second = calls(after, "norm_rotate_quantize")
+    assert first[3:5] == second[3:5]
+
+
+def test_a_norm_that_others_read_is_computed_for_them():
+    def fn(self, x):
+        op = torch.ops.wancompile.quantize_per_head
+        return op(wan(self, x), self.scale, torch.int8), norm(self, x)
+
+    after = run_pass(called_fused(fn, X, **TENSORS), FuseRotary())
+    assert (counts(after)["norm_rotate_quantize"], counts(after)["rms_norm"]) == (1, 1)
+    torch.testing.assert_close(after(x=X)[1], norm(Function(fn, **TENSORS), X))
+
+
+def test_the_default_eps_is_that_of_the_type():
+    def fn(self, x):
+        heads, turn = split(F.rms_norm(x, (CHANNELS,))), angles(self, x)
+        even, odd = pairs(heads)
+        parts = even * turn.cos() - odd * turn.sin(), even * turn.sin() + odd * turn.cos()
+        return stored(heads, *parts).transpose(1, 2)
+
+    ((_, weight, eps, *_),) = calls(fused(fn), "norm_rotate_quantize")
+    assert weight is None
+    assert eps == pytest.approx(torch.finfo(torch.float32).eps)
+
+
+# What must not be fused ------------------------------------------------------------------------
+
+
+def turned(self, x, first, second, norm=norm, angles=angles):
+    """Rotate by formulas of (even, odd, cos, sin)."""
+    even, odd = pairs(split(norm(self, x)))
+    turn = angles(self, x)
+    parts = (one(even, odd, turn.cos(), turn.sin()) for one in (first, second))
+    return torch.stack(tuple(parts), -1).flatten(-2).transpose(1, 2)
+
+
+def x_part(e, o, c, s):
+    return e * c - o * s
+
+
+def y_part(e, o, c, s):
+    return e * s + o * c
+
+
+def no_norm(self, x):
+    return turned(self, x, x_part, y_part, norm=lambda self, x: x)
+
+
+def norm_of_each_head(self, x):
+    def per_head(self, x):
+        return F.rms_norm(split(x), (HEAD_DIM,), self.weight[:HEAD_DIM], 1e-6).flatten(2)
+
+    return turned(self, x, x_part, y_part, norm=per_head)
+
+
+def layer_norm(self, x):
+    return turned(self, x, x_part, y_part, norm=lambda m, x: F.layer_norm(x, (CHANNELS,), m.weight))
+
+
+def other_way_round(self, x):
+    return turned(self, x, lambda e, o, c, s: e * c + o * s, lambda e, o, c, s: o * c - e * s)
+
+
+def no_rotation(self, x):
+    return turned(self, x, x_part, lambda e, o, c, s: e * c + o * s)
+
+
+def both_differences(self, x):
+    return turned(self, x, x_part, lambda e, o, c, s: e * s - o * c)
+
+
+def odd_before_even(self, x):
+    return turned(self, x, lambda e, o, c, s: o * c - e * s, lambda e, o, c, s: o * s + e * c)
+
+
+def swapped_results(self, x):
+    return turned(self, x, y_part, x_part)
+
+
+def scaled_by_alpha(self, x):
+    def first(e, o, c, s):
+        return torch.sub(e * c, o * s, alpha=2)
+
+    return turned(self, x, first, y_part)
+
+
+def table_of_each_head(self, x):
+    def per_head(self, x):
+        return angles(self, x) * torch.arange(1.0, HEADS + 1)[:, None]
+
+    return turned(self, x, x_part, y_part, angles=per_head)
+
+
+def table_of_each_video(self, x):
+    def per_video(self, x):
+        return angles(self, x) * x.mean((1, 2), keepdim=True)[..., None]
+
+    return turned(self, x, x_part, y_part, angles=per_video)
+
+
+def one_angle_for_all_tokens(self, x):
+    return turned(self, x, x_part, y_part, angles=lambda self, x: angles(self, x)[:, 1:2])
+
+
+def rounded_table(self, x):
+    return turned(self, x, x_part, y_part, angles=lambda self, x: angles(self, x).to(BF16))
+
+
+def halves(self, x):
+    """Channels i and i + D / 2 are a pair, as in GPT-NeoX."""
+    even, odd = split(norm(self, x)).chunk(2, -1)
+    turn = angles(self, x)
+    parts = even * turn.cos() - odd * turn.sin(), even * turn.sin() + odd * turn.cos()
+    return torch.cat(parts, -1).transpose(1, 2)
+
+
+def pairs_of_halves(self, x):
+    """Halves turn, but the results lie in pairs."""
+    even, odd = split(norm(self, x)).unflatten(-1, (2, -1)).unbind(-2)
+    turn = angles(self, x)
+    parts = even * turn.cos() - odd * turn.sin(), even * turn.sin() + odd * turn.cos()
+    return torch.stack(parts, -1).flatten(-2).transpose(1, 2)
+
+
+def stacked_before_pairs(self, x):
+    """The two results lie D / 2 apart."""
+    even, odd = pairs(split(norm(self, x)))
+    turn = angles(self, x)
+    parts = even * turn.cos() - odd * turn.sin(), even * turn.sin() + odd * turn.cos()
+    return torch.stack(parts, -2).flatten(-2).transpose(1, 2)
+
+
+def heads_last(self, x):
+    """[B, H, S, D] by another permutation."""
+    return wan(self, x.flip(1)).transpose(0, 0).flip(1)
+
+
+def whole_numbers(self, x):
+    even, odd = pairs(split(norm(self, x)))
+    turn = angles(self, x)
+    parts = even * turn.cos() - odd * turn.sin(), even * turn.sin() + odd * turn.cos()
+    return torch.stack(parts, -1).to(torch.int32).flatten(-2).float().transpose(1, 2)
+
+
+def whole_products(self, x):
+    def first(e, o, c, s):
+        return (e * c).to(torch.int32) - o * s
+
+    return turned(self, x, first, y_part)
+
+
+def whole_pairs(self, x):
+    return turned(self, x, x_part, y_part, norm=lambda m, x: norm(m, x).to(torch.int32).float())
+
+
+def regrouped(self, x):
+    """Rotated in heads of 4, rounded in heads of 4 of which each holds channels of two."""
+    rotated = wan(self, x).transpose(1, 2).flatten(2)
+    return rotated.unflatten(-1, (HEAD_DIM, HEADS)).transpose(-1, -2).transpose(1, 2)
+
+
+def three_parts(self, x):
+    even, odd = pairs(split(norm(self, x)))
+    turn = angles(self, x)
+    a, b = even * turn.cos() - odd * turn.sin(), even * turn.sin() + odd * turn.cos()
+    return torch.stack((a, b, a), -1).flatten(-2).transpose(1, 2)
+
+
+@pytest.mark.parametrize(
+    ("fn", "reason"),
+    [
+        (no_norm, "no RMSNorm"),
+        (norm_of_each_head, "no RMSNorm"),
+        (layer_norm, "no RMSNorm"),
+        (whole_pairs, "no RMSNorm"),
+        (other_way_round, "not a rotation of pairs"),
+        (no_rotation, "not a rotation of pairs"),
+        (both_differences, "not a rotation of pairs"),
+        (swapped_results, "not a rotation of pairs"),
+        (whole_products, "not a rotation of pairs"),
+        (scaled_by_alpha, "not a rotation of pairs"),
+        (odd_before_even, "not neighbouring channels"),
+        (table_of_each_head, "table of angles"),
+        (table_of_each_video, "table of angles"),
+        (one_angle_for_all_tokens, "table of angles"),
+        (rounded_table, "table of angles"),
+        (pairs_of_halves, "not neighbouring channels"),
+        (halves, "not rotated by pairs"),
+        (stacked_before_pairs, "not rotated by pairs"),
+        (three_parts, "not rotated by pairs"),
+        (whole_numbers, "not rotated by pairs"),
+        (heads_last, "not laid out"),
+        (regrouped, "not rotated by pairs"),
+    ],
+)
+def test_what_is_not_this_rotation_stays(fn, reason):
+    before = program(fn)
+    after = run_pass(before, FuseRotary())
+    assert after.print() == before.print()
+    (found,) = skips(after)
+    assert reason in found
+
+
+def test_other_heads_than_were_rotated_stay():
+    """Rotated as 3 heads of 4 and rounded as 6 heads of 2: the tables fit the first alone."""
+
+    def fn(self, x):
+        even, odd = pairs(split(norm(self, x)))
+        turn = angles(self, x)
+        parts = even * turn.cos() - odd * turn.sin(), even * turn.sin() + odd * turn.cos()
+        heads = torch.stack(parts, -1).reshape(x.shape[0], x.shape[1], 6, 2).transpose(1, 2)
+        return torch.ops.wancompile.quantize_per_head(heads, self.scale, torch.int8)
+
+    before = called_fused(fn, X, **{**TENSORS, "scale": torch.linspace(0.01, 0.06, 6)})
+    after = run_pass(before, FuseRotary())
+    assert after.print() == before.print()
+    assert "not rotated by pairs" in skips(after)[0]
+
+
+@pytest.mark.parametrize("shape", [(HEADS, 1, 1), (1, 1, HEAD_DIM), (HEAD_DIM,)])
+def test_a_shift_of_another_shape_stays(shape):
+    before = program(wan, shift=torch.ones(shape))
+    after = run_pass(before, FuseRotary())
+    assert after.print() == before.print()
+    assert "not laid out" in skips(after)[0]
+
+
+def test_a_shift_by_alpha_stays():
+    def fn(self, x):
+        value = torch.sub(wan(self, x), self.shift, alpha=2)
+        return torch.ops.wancompile.quantize_per_head(value, self.scale, torch.int8)
+
+    before = called_fused(fn, X, **TENSORS, **SHIFT)
+    after = run_pass(before, FuseRotary())
+    assert after.print() == before.print()
