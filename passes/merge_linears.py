@@ -8,11 +8,14 @@ bit. One large product fills a GPU better than several small ones and reads x on
     %k = scaled_linear(%x, %s, Wk, sk, bk)          %q = slice(%all, -1, 0, 64)
     %v = scaled_linear(%x, %s, Wv, sv, bv)          %k = slice(%all, -1, 64, 128) ...
 
-The slices keep the sites of the linears they stand for.
+The slices keep the sites of the linears they stand for. Linears of different groups stay apart even
+where they read one value: the keys and values that all blocks make of one text would otherwise live
+from the first block to the last.
 """
 
 from __future__ import annotations
 
+import functools
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -31,7 +34,7 @@ ops = torch.ops.wancompile
 
 @dataclass(frozen=True)
 class MergeLinears:
-    """Concatenate the weights of 8-bit linears with a common input."""
+    """Concatenate the weights of 8-bit linears of one group with a common input."""
 
     name: ClassVar[str] = "merge_linears"
     needs: ClassVar[Level] = Level.QUANTIZED
@@ -40,11 +43,15 @@ class MergeLinears:
 
     def apply(self, draft: Draft) -> None:
         """Merge, in execution order, the linears of each input that are alike in kind."""
+        groups = {site: group.key for group in draft.groups for site in group.sites}
         alike: dict[tuple[Any, ...], list[Node]] = defaultdict(list)
         for node in match.nodes_of(draft.graph, ops.scaled_linear.default):
             if all(match.is_constant(one) for one in _stored(node)):
-                x, x_scale, weight, _, bias, out_dtype = match.args(node)
-                alike[x, x_scale, match.val(weight).dtype, bias is None, out_dtype].append(node)
+                site = match.site(node)
+                group = groups.get(site) if site is not None else None
+                x, x_scale, weight, _, bias, out = match.args(node)
+                kind = group, x, x_scale, match.val(weight).dtype, bias is None, out
+                alike[kind].append(node)
         for members in alike.values():
             if len(members) > 1:
                 _merge(draft, members)
@@ -75,6 +82,6 @@ def _merge(draft: Draft, members: Sequence[Node]) -> None:
 def _joined(draft: Draft, parts: Sequence[Node], before: Node) -> Node:
     """Store the parts one after the other; those that nothing else reads are dropped later."""
     tensors = [draft.state[str(part.target)] for part in parts]
-    kind = torch.result_type(tensors[0], tensors[-1]) if tensors[0].dim() == 1 else tensors[0].dtype
+    kind = functools.reduce(torch.promote_types, [one.dtype for one in tensors])
     name = f"merged.{parts[0].target}"
     return draft.store(name, torch.cat([one.to(kind) for one in tensors]), before=before)

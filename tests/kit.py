@@ -23,7 +23,7 @@ class Function(nn.Module):
         super().__init__()
         self.fn = fn
         for name, tensor in tensors.items():
-            self.register_parameter(name, nn.Parameter(tensor))
+            self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
 
     def forward(self, x: torch.Tensor) -> Any:
         return self.fn(self, x)
