@@ -18,7 +18,7 @@ from wancompile.ir import match
 from wancompile.ir.edit import Draft
 from wancompile.ir.levels import Level
 from wancompile.passes.modulations import common_rows, split
-from wancompile.passes.residuals import residual_of
+from wancompile.passes.residuals import is_outermost, residual_of
 
 aten = torch.ops.aten
 ops = torch.ops.wancompile
@@ -36,7 +36,7 @@ class FuseResidual:
     def apply(self, draft: Draft) -> None:
         """Look behind every cast to the stream's type, and at sums that need none."""
         for node in match.nodes_of(draft.graph, aten.to.dtype, aten.add.Tensor):
-            if not _is_outermost(node):
+            if not is_outermost(node):
                 continue
             residual = residual_of(node)
             if residual is None or residual.gate is None:
@@ -46,12 +46,3 @@ class FuseResidual:
             rows = common_rows(draft, [gate], node)
             operands = residual.x, residual.y, gate.value, gate.offset, rows
             draft.replace_call(node, ops.add_gated.default, *operands)
-
-
-def _is_outermost(node: torch.fx.Node) -> bool:
-    """Whether nothing but the sum's own cast stands between `node` and its readers."""
-    if match.is_op(node, aten.to.dtype):
-        source = match.args(node)[0]
-        return match.is_op(source, aten.add.Tensor) and match.sole_reader(source) is node
-    reader = match.sole_reader(node)
-    return reader is None or not match.is_op(reader, aten.to.dtype)

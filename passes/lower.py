@@ -4,12 +4,16 @@ Law: a kernel computes what its op means, up to rounding; where none supports th
 shapes, the op itself runs. This is the only pass that looks at the device.
 
     before                                          after (H100)
-    %y = scaled_linear(%q, %s, W8, ...)             %y = linear_triton(%q, %s, W8, ...)
+    %y = scaled_linear(%q, %s, W8, ...)             %y = linear_hopper(%q, %s, W8, ...)
+
+Where no kernel takes a linear with its residual, but some kernel takes the linear, they are two
+ops again: the plain body of a product is no way to multiply on a GPU.
 """
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -20,6 +24,9 @@ from wancompile import kernels
 from wancompile.ir import match
 from wancompile.ir.edit import Draft
 from wancompile.ir.levels import FUSED_OPS, Level
+from wancompile.kernels import Kernel
+
+ops = torch.ops.wancompile
 
 
 @dataclass(frozen=True)
@@ -35,13 +42,15 @@ class Lower:
 
     def apply(self, draft: Draft) -> None:
         """Choose for each op on its own; report how often each implementation was taken."""
+        for node in match.nodes_of(draft.graph, ops.scaled_linear_residual.default):
+            self._split_residual(draft, node)
         taken: Counter[tuple[str, str]] = Counter()
         refused: Counter[tuple[str, str, str]] = Counter()
         implemented = {kernel.op for kernel in kernels.KERNELS} | FUSED_OPS
         for node in [n for n in draft.graph.nodes if n.target in implemented]:
             semantic = match.target_name(node)
             args = _positional(node)
-            kernel, reasons = kernels.choose(node.target, self.device, map_arg(args, _value))
+            kernel, reasons = self._choose(node.target, args)
             for name, reason in reasons:
                 refused[semantic, name, reason] += 1
             taken[semantic, kernel.name if kernel else "plain body"] += 1
@@ -51,6 +60,19 @@ class Lower:
             draft.did(semantic, f"{count} x {name}")
         for (semantic, name, reason), count in refused.items():
             draft.skip(semantic, f"{count} x not {name}: {reason}")
+
+    def _split_residual(self, draft: Draft, node: Node) -> None:
+        *linear, residual, gate = _positional(node)
+        linear.append(match.val(residual).dtype)
+        whole, _ = self._choose(node.target, _positional(node))
+        part, _ = self._choose(ops.scaled_linear.default, linear)
+        if whole is not None or part is None:
+            return
+        y = draft.call(ops.scaled_linear.default, *linear, before=node, like=node)
+        draft.replace_call(node, ops.add_gated.default, residual, y, gate, None, None)
+
+    def _choose(self, op: Any, args: Sequence[Any]) -> tuple[Kernel | None, list[tuple[str, str]]]:
+        return kernels.choose(op, self.device, map_arg(tuple(args), _value))
 
 
 def _positional(node: Node) -> tuple[Any, ...]:

@@ -67,6 +67,20 @@ def is_modulation(node: Any, shape: torch.Size) -> bool:
     return len(found) == 1 or match.same(found[0], shape[0])
 
 
+def is_outermost(node: Node) -> bool:
+    """Whether `node` is a sum as others read it: rounded, if it is rounded before it is read."""
+    if match.is_op(node, aten.to.dtype):
+        source = match.args(node)[0]
+        is_sum = match.is_op(source, aten.add.Tensor) and match.sole_reader(source) is node
+        return is_sum and _rounds(node)
+    reader = match.sole_reader(node)
+    return reader is None or not _rounds(reader)
+
+
+def _rounds(node: Node) -> bool:
+    return match.is_op(node, aten.to.dtype) and match.widened_from(node) is node
+
+
 def _same(shape: torch.Size, other: Node) -> bool:
     wanted = match.shape(other)
     return len(shape) == len(wanted) and all(map(match.same, shape, wanted))

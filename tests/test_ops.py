@@ -29,6 +29,17 @@ def linear_args(m: int, k: int, n: int, dtype: torch.dtype, bias: bool = True) -
     return x, scales[0], w, scales[1], torch.randn(n) if bias else None, torch.float32
 
 
+def residual_args(
+    kind: torch.dtype,
+    gate: tuple[int, ...] | None = (2, 1, 5),
+    dtype: torch.dtype = torch.float32,
+) -> tuple:
+    x, x_scale, w, w_scale, bias, _ = linear_args(6, 7, 5, kind)
+    residual = torch.randn(2, 3, 5).to(dtype)
+    opening = None if gate is None else torch.randn(gate)
+    return x.view(2, 3, 7), x_scale.view(2, 3, 1), w, w_scale, bias, residual, opening
+
+
 def attention_args(dtype: torch.dtype, b=2, h=3, sq=5, sk=7, d=8) -> tuple:
     q, k = (random_8bit(b, h, s, d, dtype=dtype) for s in (sq, sk))
     v = random_8bit(b, h, sk, d, dtype=FP8)
@@ -65,6 +76,8 @@ OPCHECKS = [
     (ops.quantize_per_head, (torch.randn(1, 3, 2, 4).transpose(1, 2), torch.rand(2), INT8)),
     *[(ops.scaled_linear, linear_args(3, 7, 5, d)) for d in DTYPES],
     (ops.scaled_linear, linear_args(1, 8, 8, INT8, bias=False)),
+    *[(ops.scaled_linear_residual, residual_args(d)) for d in DTYPES],
+    (ops.scaled_linear_residual, residual_args(INT8, gate=None, dtype=torch.bfloat16)),
     *[(ops.scaled_attention, attention_args(d)) for d in DTYPES],
     *[(ops.gelu_quantize, (torch.randn(2, 3, 8), "tanh", torch.rand(8), d)) for d in DTYPES],
     *[(ops.norm_quantize, (torch.randn(2, 3, 8), *modulation(2, 3, 8), d)) for d in DTYPES],
@@ -392,3 +405,21 @@ def test_rows_with_nan_repeat_nothing():
     x = torch.zeros(1, 4, 3)
     x[0, 1:3, 1] = torch.nan
     assert ops.repeated_rows(x).tolist() == [[0, 1, 2, 3]]
+
+
+@pytest.mark.parametrize("kind", DTYPES)
+@pytest.mark.parametrize("gate", [None, (5,), (2, 1, 5)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_scaled_linear_residual_adds_a_gated_linear(kind, gate, dtype):
+    x, x_scale, w, w_scale, bias, residual, opening = args = residual_args(kind, gate, dtype)
+    branch = (x.double() * x_scale) @ (w.double() * w_scale).t() + bias
+    exact = residual.double() + (branch if opening is None else branch * opening)
+    out = ops.scaled_linear_residual(*args)
+    size = branch.abs() + residual.abs() + 1
+    assert out.dtype == dtype
+    assert ((out - exact).abs() <= size * 1e-5 + exact.abs() * torch.finfo(dtype).eps).all()
+
+
+def test_scaled_linear_residual_refuses_a_gate_per_token():
+    with pytest.raises(InputError, match=r"gate float\[N\] or \[B, 1, N\] or None"):
+        ops.scaled_linear_residual(*residual_args(INT8, (2, 3, 5)))

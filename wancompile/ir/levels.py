@@ -109,6 +109,7 @@ FUSED_OPS: frozenset[Any] = QUANTIZED_OPS | {
     torch.ops.wancompile.norm_rotate_quantize.default,
     torch.ops.wancompile.repeated_rows.default,
     torch.ops.wancompile.residual_norm_quantize.default,
+    torch.ops.wancompile.scaled_linear_residual.default,
 }
 
 

@@ -7,7 +7,7 @@ tests. All of them return contiguous tensors, whatever the strides of their inpu
 
 from wancompile.ops.activation import gelu_quantize
 from wancompile.ops.attention import scaled_attention
-from wancompile.ops.linear import scaled_linear
+from wancompile.ops.linear import scaled_linear, scaled_linear_residual
 from wancompile.ops.norm import add_gated, norm_quantize, residual_norm_quantize
 from wancompile.ops.observe import observe_channels, observe_heads
 from wancompile.ops.quantize import quantize_per_head, quantize_per_token
@@ -27,4 +27,5 @@ __all__ = [
     "residual_norm_quantize",
     "scaled_attention",
     "scaled_linear",
+    "scaled_linear_residual",
 ]

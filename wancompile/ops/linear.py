@@ -61,6 +61,74 @@ def fake_scaled_linear(
     return x.new_empty((*x.shape[:-1], weight.shape[0]), dtype=out_dtype)
 
 
+@torch.library.custom_op("wancompile::scaled_linear_residual", mutates_args=())
+def scaled_linear_residual(
+    x: Tensor,
+    x_scale: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    residual: Tensor,
+    gate: Tensor | None,
+) -> Tensor:
+    """`residual + linear * gate`, in fp32 and rounded once, the linear as in `scaled_linear`.
+
+    Args:
+        x: `[B, S, K]`, int8 or e4m3.
+        x_scale: `[B, S, 1]` fp32, per token.
+        weight: `[N, K]`, of the dtype of `x`.
+        weight_scale: `[N, 1]` fp32, per output channel.
+        bias: `[N]`, any float dtype, or None.
+        residual: `[B, S, N]`, any float dtype.
+        gate: `[N]` or `[B, 1, N]`, any float dtype; None is 1.
+
+    Returns:
+        `[B, S, N]` in the dtype of `residual`, contiguous.
+    """
+    check_scaled_linear_residual(x, x_scale, weight, weight_scale, bias, residual, gate)
+    branch = scaled_linear(x, x_scale, weight, weight_scale, bias, torch.float32)
+    if gate is not None:
+        branch = branch * gate.to(torch.float32)
+    total: Tensor = residual.to(torch.float32) + branch
+    return total.to(residual.dtype).contiguous()
+
+
+@scaled_linear_residual.register_fake
+def fake_scaled_linear_residual(
+    x: Tensor,
+    x_scale: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    residual: Tensor,
+    gate: Tensor | None,
+) -> Tensor:
+    """Shape and dtype of `scaled_linear_residual` and of its kernels."""
+    check_scaled_linear_residual(x, x_scale, weight, weight_scale, bias, residual, gate)
+    return residual.new_empty(residual.shape)
+
+
+def check_scaled_linear_residual(
+    x: Tensor,
+    x_scale: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    residual: Tensor,
+    gate: Tensor | None,
+) -> None:
+    """Raise InputError unless the arguments are those of `scaled_linear_residual`."""
+    check_scaled_linear(x, x_scale, weight, weight_scale, bias, torch.float32)
+    features = weight.shape[0]
+    fits = x.dim() == 3 and residual.is_floating_point()
+    fits = fits and residual.shape == (*x.shape[:2], features)
+    if gate is not None:
+        fits = fits and gate.is_floating_point()
+        fits = fits and gate.shape in ((features,), (x.shape[0], 1, features))
+    need = "x [B, S, K], residual float[B, S, N], gate float[N] or [B, 1, N] or None"
+    require(fits, "scaled_linear_residual", need, x, residual, gate)
+
+
 def check_scaled_linear(
     x: Tensor,
     x_scale: Tensor,
