@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from torch.fx import Node
 
 from wancompile.ir import match
 from wancompile.ir.edit import Draft
@@ -39,10 +40,16 @@ class FuseResidual:
             if not is_outermost(node):
                 continue
             residual = residual_of(node)
-            if residual is None or residual.gate is None:
+            if residual is None or residual.gate is None or _is_normed(residual.y):
                 continue
             draft.did(node, "gate and residual in one op")
             gate = split(draft, residual.gate, node)
             rows = common_rows(draft, [gate], node)
             operands = residual.x, residual.y, gate.value, gate.offset, rows
             draft.replace_call(node, ops.add_gated.default, *operands)
+
+
+def _is_normed(branch: Node) -> bool:
+    """Whether the product is the modulation of a norm, to which its shift is added."""
+    norms = aten.layer_norm.default, aten.rms_norm.default
+    return match.is_op(match.narrowed_from(branch), *norms)
