@@ -57,13 +57,12 @@ class FuseLinearResidual:
 
 
 def _linear_in(residual: Residual) -> tuple[Node, Node, Node | None] | None:
-    """Return (linear, x, gate); without a gate either operand may be the linear."""
+    """Return (linear, x, gate); without a gate either operand of the sum's type may be x."""
     x, y, gate = residual.x, residual.y, residual.gate
     if match.is_op(y, ops.scaled_linear.default):
         return y, x, gate
-    if gate is None and match.is_op(x, ops.scaled_linear.default):
-        return x, y, None
-    return None
+    is_stream = gate is None and match.val(y).dtype == match.val(x).dtype
+    return (x, y, None) if is_stream and match.is_op(x, ops.scaled_linear.default) else None
 
 
 def _obstacle(linear: Node, total: Node, gate: Node | None) -> str:

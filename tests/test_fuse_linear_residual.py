@@ -32,6 +32,12 @@ def linear(self, x):
     return ops.scaled_linear(q, scale, self.data, self.scale, self.bias, x.dtype)
 
 
+def linear_in_fp32(self, x):
+    """Its sum with a narrower stream is no value of the stream."""
+    q, scale = ops.quantize_per_token(torch.tanh(x), None, INT8)
+    return ops.scaled_linear(q, scale, self.data, self.scale, self.bias, torch.float32)
+
+
 def gated(self, x):
     gate = wide(x).mean(1, keepdim=True) * self.gate
     return (wide(x) + linear(self, x) * gate).type_as(x)
@@ -155,8 +161,9 @@ def test_what_cannot_be_fused_says_why(fn, reason):
         lambda self, x: x - linear(self, x),
         lambda self, x: x.float() + linear(self, x),
         lambda self, x: x + torch.tanh(linear(self, x)),
+        lambda self, x: linear_in_fp32(self, x) + x,
     ],
-    ids=["alpha", "a vector", "a row", "a difference", "a wider sum", "a function of it"],
+    ids=["alpha", "a vector", "a row", "a difference", "a wider sum", "a function", "narrower"],
 )
 def test_other_sums_are_left_alone(fn):
     before = program(fn, BF16)
