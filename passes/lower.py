@@ -45,21 +45,20 @@ class Lower:
         for node in match.nodes_of(draft.graph, ops.scaled_linear_residual.default):
             self._split_residual(draft, node)
         taken: Counter[tuple[str, str]] = Counter()
-        refused: Counter[tuple[str, str, str]] = Counter()
+        refused: Counter[tuple[str, str]] = Counter()
         implemented = {kernel.op for kernel in kernels.KERNELS} | FUSED_OPS
         for node in [n for n in draft.graph.nodes if n.target in implemented]:
             semantic = match.target_name(node)
             args = _positional(node)
             kernel, reasons = self._choose(node.target, args)
-            for name, reason in reasons:
-                refused[semantic, name, reason] += 1
-            taken[semantic, kernel.name if kernel else "plain body"] += 1
+            refused.update((semantic, text) for text in _objections(kernel, reasons))
+            taken[semantic, kernel.name if kernel else _own_body(node)] += 1
             if kernel is not None:
                 draft.replace_call(node, kernel.impl, *args)
         for (semantic, name), count in taken.items():
             draft.did(semantic, f"{count} x {name}")
-        for (semantic, name, reason), count in refused.items():
-            draft.skip(semantic, f"{count} x not {name}: {reason}")
+        for (semantic, text), count in refused.items():
+            draft.skip(semantic, f"{count} x {text}")
 
     def _split_residual(self, draft: Draft, node: Node) -> None:
         *linear, residual, gate = _positional(node)
@@ -73,6 +72,18 @@ class Lower:
 
     def _choose(self, op: Any, args: Sequence[Any]) -> tuple[Kernel | None, list[tuple[str, str]]]:
         return kernels.choose(op, self.device, map_arg(tuple(args), _value))
+
+
+def _objections(kernel: Kernel | None, reasons: Sequence[tuple[str, str]]) -> list[str]:
+    """Return why kernels refused, in one line where all of them have the same reason."""
+    known = {reason for _, reason in reasons}
+    if kernel is None and len(known) == 1:
+        return [f"no kernel: each {known.pop()}"]
+    return [f"not {name}: {reason}" for name, reason in reasons]
+
+
+def _own_body(node: Node) -> str:
+    return "plain body" if node.target in FUSED_OPS else "torch's own"
 
 
 def _positional(node: Node) -> tuple[Any, ...]:
