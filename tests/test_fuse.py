@@ -1,0 +1,181 @@
+"""All fusions together on Wans of every kind, and on one by another hand."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import clone
+import pytest
+import torch
+import zoo
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import wancompile
+from wancompile import passes, pipeline
+from wancompile.calibrate import Calibration
+from wancompile.inspect import is_under
+from wancompile.ir import text
+from wancompile.pipeline import relative_error
+from wancompile.program import Program
+from wancompile.recipe import resolve
+
+Inputs = Mapping[str, Tensor]
+RECIPE = resolve("int8-attention")
+LAYERS = 2
+
+
+class Levels(NamedTuple):
+    """A model at three levels: in floating point, rounded, and rounded in fewer ops."""
+
+    normal: Program
+    quantized: Program
+    fused: Program
+
+
+def levels(model: nn.Module, inputs: Inputs, *, dynamic: bool = False) -> Levels:
+    normal = wancompile.trace(model, inputs, dynamic=dynamic)
+    calibration = Calibration(normal)
+    calibration(**inputs)
+    stats = calibration.stats()
+    smoothed = pipeline.run(normal, passes.smoothing(RECIPE, stats))
+    quantized = pipeline.run(smoothed, passes.quantization(RECIPE, stats))
+    return Levels(normal, quantized, pipeline.run(quantized, passes.FUSE))
+
+
+def outputs(found: Levels, inputs: Inputs) -> list[Tensor]:
+    return [program(**inputs)[0] for program in found]
+
+
+def assert_within_rounding(found: Levels, inputs: Inputs) -> None:
+    """In fp32 the fusions move the output by less than its 8 bits are off, and not away."""
+    exact, quantized, fused = outputs(found, inputs)
+    off = relative_error(quantized, exact)
+    assert off > 1e-3
+    assert relative_error(fused, quantized) < 0.5 * off
+    assert relative_error(fused, exact) < 1.1 * off
+
+
+def done(program: Program, block: str) -> dict[str, int]:
+    """Return how much each fusion has done in a block."""
+    names = [one.name for one in passes.FUSE]
+    records = {record.name: record for record in program.records if record.name in names}
+    return {name: sum(is_under(note.site, block) for note in records[name].done) for name in names}
+
+
+def skips(program: Program, name: str) -> set[str]:
+    (record,) = (one for one in program.records if one.name == name)
+    return {note.text for note in record.skipped}
+
+
+def expected(variant: str, block: str) -> dict[str, int]:
+    """Return what is to be fused in a block; merged is what has several projections of one value.
+
+    A sum goes to the linear before it; where its gate has a row per token it goes to the norm after
+    it, and at the very end of the model, where no such norm follows, it is one op by itself.
+    """
+    groups = [members for _, members in zoo.expected_table(variant) if is_under(members[0], block)]
+    has_rows, is_last = "ti2v" in variant, block == f"blocks.{LAYERS - 1}"
+    return {
+        "merge_linears": sum(len(members) > 1 for members in groups),
+        "fuse_gelu": 1,
+        "fuse_rotary": 2,
+        "fuse_linear_residual": 1 if has_rows else 3,
+        "fuse_norm": 3 if zoo.VARIANTS[variant].cross_norm else 2,
+        "fuse_residual": int(has_rows and is_last),
+    }
+
+
+def blocks(variant: str) -> list[str]:
+    table = zoo.expected_table(variant)
+    qkv = (members[0] for role, members in table if role == "attn_qkv_proj")
+    return sorted(name.partition(".attn1")[0] for name in qkv)
+
+
+@pytest.mark.parametrize("variant", zoo.VARIANTS)
+def test_every_block_of_every_wan_is_fused(variant):
+    model, inputs = zoo.make(variant, LAYERS)
+    found = levels(model, inputs)
+    for block in blocks(variant):
+        assert done(found.fused, block) == expected(variant, block), block
+    assert not skips(found.fused, "fuse_rotary") | skips(found.fused, "fuse_gelu")
+    assert_within_rounding(found, inputs)
+
+
+def test_what_is_merged_in_a_block():
+    model, inputs = zoo.make("i2v", LAYERS)
+    fused = levels(model, inputs).fused
+    (record,) = (one for one in fused.records if one.name == "merge_linears")
+    attn1, attn2 = "blocks.1.attn1", "blocks.1.attn2"
+    assert [note.text for note in record.done if is_under(note.site, "blocks.1")] == [
+        f"one product for {attn1}.to_q, {attn1}.to_k, {attn1}.to_v",
+        f"one product for {attn2}.to_k, {attn2}.to_v",
+        f"one product for {attn2}.add_k_proj, {attn2}.add_v_proj",
+    ]
+
+
+def test_control_hints_are_added_by_the_norm_that_follows():
+    """What control blocks add to the stream comes from no 8-bit linear."""
+    model, inputs = zoo.make("vace", LAYERS)
+    counts = text.op_counts(levels(model, inputs).fused.graph)
+    assert counts["residual_norm_quantize"] == len(zoo.vace_layers(LAYERS))
+
+
+def test_rows_of_a_timestep_per_token_are_found_once():
+    model, inputs = zoo.make("ti2v", LAYERS)
+    counts = text.op_counts(levels(model, inputs).fused.graph)
+    assert counts["repeated_rows"] == 1
+    assert counts["residual_norm_quantize"] == 2 * LAYERS - 1
+
+
+# Any size, any input ---------------------------------------------------------------------------
+
+
+@functools.cache
+def open_levels(variant: str) -> Levels:
+    model, inputs = zoo.make(variant, 1)
+    return levels(model, inputs, dynamic=True)
+
+
+@given(st.sampled_from(["t2v", "i2v", "ti2v"]), st.integers(1, 3), st.integers(0, 2**32 - 1))
+@settings(deadline=None, max_examples=6)
+def test_fusions_keep_the_function_at_other_sizes(variant, batch, seed):
+    inputs = zoo.example(variant, 1, batch=batch, seed=seed)
+    assert_within_rounding(open_levels(variant), inputs)
+
+
+@pytest.mark.parametrize("variant", ["t2v", "ti2v"])
+def test_bf16_is_rounded_less_often(variant):
+    """Beside the model of the same weights in fp32, the fused program is not the farther one."""
+    model, inputs = zoo.make(variant, LAYERS, dtype=torch.bfloat16)
+    found = levels(model, inputs)
+    with torch.no_grad():
+        wider = {name: one.float() for name, one in inputs.items()}
+        exact = copy.deepcopy(model).float()(**wider, return_dict=False)[0]
+    _, quantized, fused = outputs(found, inputs)
+    assert relative_error(fused, exact) < 1.02 * relative_error(quantized, exact)
+
+
+# By another hand -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("variant", ["t2v", "i2v"])
+@pytest.mark.parametrize("style", ["matmul", "einsum", "bmm"])
+def test_a_wan_by_another_hand(style, variant):
+    """All is fused but a rotation that is spelled as a sum over whole heads."""
+    wan, inputs = zoo.make(variant, LAYERS)
+    loom = clone.from_wan(wan, clone.Taste(style, long_gelu=style == "bmm"))
+    arguments = clone.arguments(inputs)
+    found = levels(loom, arguments)
+    wanted = expected(variant, "blocks.0")
+    if style == "einsum":
+        wanted["fuse_rotary"] = 0
+        reason = "its operand is not rotated by pairs of channels"
+        assert skips(found.fused, "fuse_rotary") == {reason}
+    for row in range(LAYERS):
+        assert done(found.fused, f"heddles.{row}") == wanted
+    assert_within_rounding(found, arguments)
