@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from wancompile import passes
+from wancompile.ir.levels import FUSED_OPS, Level
 from wancompile.quant.stats import Stats
 from wancompile.recipe import resolve
 
@@ -121,10 +122,21 @@ def test_the_table_of_passes_is_the_order_in_which_they_run():
         *passes.NORMALIZE,
         *passes.smoothing(recipe, Stats({})),
         *passes.quantization(recipe, None),
+        *passes.FUSE,
         *passes.lowering(torch.device("cpu")),
     ]
     expected = [(one.name, f"passes/{type(one).__module__.rpartition('.')[2]}.py") for one in order]
     assert _PASS_ROW.findall(read("docs/architecture.md")) == expected
+
+
+def test_the_table_of_levels_is_that_of_the_code():
+    section = read("docs/architecture.md").partition("\n## Levels\n")[2].partition("\n## ")[0]
+    assert re.findall(r"^\| ([A-Z]+) \|", section, re.MULTILINE) == [level.name for level in Level]
+
+
+def test_every_op_is_in_the_documents():
+    named = set(re.findall(r"`(\w+)`", prose("docs/architecture.md")))
+    assert named >= {op._schema.name.removeprefix("wancompile::") for op in FUSED_OPS}
 
 
 def test_every_pass_is_in_the_documents():
