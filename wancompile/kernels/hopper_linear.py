@@ -1,11 +1,18 @@
-"""`scaled_linear` for Hopper: warps that load feed warps that multiply."""
+"""`scaled_linear` for Hopper, also with a residual: warps that load feed warps that multiply."""
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from wancompile.kernels.base import Kernel, aligned, lacks_gluon
+from wancompile.kernels.base import Kernel, aligned, lacks_float, lacks_gluon
 from wancompile.kernels.triton_linear import fits_tensor_cores
-from wancompile.ops.linear import check_scaled_linear, fake_scaled_linear
+from wancompile.ops.linear import (
+    check_scaled_linear,
+    check_scaled_linear_residual,
+    fake_scaled_linear,
+    fake_scaled_linear_residual,
+)
 
 
 @torch.library.custom_op("wancompile_kernels::linear_hopper", mutates_args=())
@@ -38,8 +45,68 @@ def linear_hopper(
 linear_hopper.register_fake(fake_scaled_linear)
 
 
+@torch.library.custom_op("wancompile_kernels::linear_residual_hopper", mutates_args=())
+def linear_residual_hopper(
+    x: Tensor,
+    x_scale: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    residual: Tensor,
+    gate: Tensor | None,
+) -> Tensor:
+    """`scaled_linear_residual` in one pass over memory; int8 is the plain body bit for bit.
+
+    Where each video has a gate of its own, there is one launch a video.
+    """
+    check_scaled_linear_residual(x, x_scale, weight, weight_scale, bias, residual, gate)
+    out = residual.new_empty(residual.shape)
+    if not out.numel():
+        return out
+    from wancompile.kernels.jit import linear_hopper as jit
+
+    weight, weight_scale = aligned(weight), weight_scale.contiguous()
+    bias = None if bias is None else bias.contiguous()
+    gates = _gates(gate)
+    parts = (_parts(rows, len(gates)) for rows in (x, x_scale, residual, out))
+    for q, scale, added, to, factors in zip(*parts, gates, strict=True):
+        jit.launch(
+            aligned(q),
+            scale.contiguous(),
+            weight,
+            weight_scale,
+            bias,
+            to,
+            residual=aligned(added),
+            gate=factors,
+        )
+    return out
+
+
+linear_residual_hopper.register_fake(fake_scaled_linear_residual)
+
+
+def _gates(gate: Tensor | None) -> Sequence[Tensor | None]:
+    """What each launch multiplies with, `[N]` fp32."""
+    if gate is None:
+        return [None]
+    return gate.to(torch.float32).reshape(-1, gate.shape[-1]).contiguous().unbind()
+
+
+def _parts(rows: Tensor, count: int) -> Sequence[Tensor]:
+    """Cut `[B, S, n]` into the rows of `count` launches, views where `rows` is contiguous."""
+    return rows.reshape(count, -1, rows.shape[-1]).unbind()
+
+
 def _supports(device: torch.device, args: tuple[object, ...]) -> str | None:
     return fits_tensor_cores(device, args) or lacks_gluon()
+
+
+def _supports_residual(device: torch.device, args: tuple[object, ...]) -> str | None:
+    *linear, residual, _gate = args
+    assert isinstance(residual, Tensor)
+    lacking = lacks_float("the residual", residual.dtype)
+    return lacking or _supports(device, (*linear, residual.dtype))
 
 
 LINEAR_HOPPER = Kernel(
@@ -47,4 +114,11 @@ LINEAR_HOPPER = Kernel(
     torch.ops.wancompile.scaled_linear.default,
     torch.ops.wancompile_kernels.linear_hopper.default,
     _supports,
+)
+
+LINEAR_RESIDUAL_HOPPER = Kernel(
+    "linear_residual_hopper",
+    torch.ops.wancompile.scaled_linear_residual.default,
+    torch.ops.wancompile_kernels.linear_residual_hopper.default,
+    _supports_residual,
 )

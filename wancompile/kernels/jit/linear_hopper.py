@@ -24,6 +24,9 @@ producer fills the ring without waiting. A consumer releases a stage one step la
 that reads it is done, and after the last step of a tile it waits for that one too. So each side
 waits for, and arrives at, each stage equally often, whatever M, N and K are: parts of a tile beyond
 an edge are loaded as zeros, all their bytes counted, and are not stored.
+
+A residual does not pass through the ring: each consumer loads its own, a few steps into a tile,
+into the buffers through which the result will leave. See `linear_hopper_store`.
 """
 
 from __future__ import annotations
@@ -44,17 +47,21 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from wancompile.kernels.jit.linear_hopper_store import column_factors, store, values
-from wancompile.quant.numerics import INT8
-
-_tma_load = (  # under both of its names, before and since Triton 3.7
-    tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
+from wancompile.kernels.jit.linear_hopper_store import (
+    column_factors,
+    fetch,
+    store,
+    tma_load,
+    values,
 )
+from wancompile.kernels.jit.ring_hopper import make_barriers
+from wancompile.quant.numerics import INT8
 
 _CONSUMERS = gl.constexpr(2)
 _ROWS = gl.constexpr(64)  # of one wgmma instruction: what the four warps of a consumer multiply
 _BLOCK_M = gl.constexpr(128)  # rows of all consumers
 _LINE = gl.constexpr(128)  # bytes of the widest swizzle: one row of a stage or of a result buffer
+_SOON = gl.constexpr(512)  # columns of operands: while they multiply, the result before leaves
 _WIDEST_INT8 = 128  # columns: what PTX has beyond it, Triton does not write, or is no power of two
 
 
@@ -65,7 +72,8 @@ class Tile:
     Attributes:
         n: columns of the output that one program computes at a time: 128 or 256.
         stages: how many loads of operands, each 128 long, are in flight; at least 2.
-        buffers: per consumer, how many chunks of the result are on their way out.
+        buffers: per consumer, how many chunks of the result are on their way out; with a residual
+            all n columns of it, 128 bytes to a chunk.
         group: rows of tiles that are computed side by side, so that they share weights in L2.
     """
 
@@ -75,7 +83,8 @@ class Tile:
     group: int = 8
 
 
-_FP8_TILE = Tile(stages=3, buffers=4)
+_BUFFERED = Tile(stages=3, buffers=4)  # the buffers hold a tile of 16-bit floats,
+_NARROW = Tile(n=128, buffers=4)  # or this one of 32-bit floats
 
 
 @gluon.jit
@@ -112,76 +121,79 @@ def _produce(x, weight, ring, rows, N: gl.constexpr, K: gl.constexpr, GROUP: gl.
             mbarrier.expect(ready, (_BLOCK_M + BLOCK_N) * _LINE)
             for part in gl.static_range(_CONSUMERS):
                 to = lefts.index(stage * _CONSUMERS + part)
-                _tma_load(x, [row + part * _ROWS, start], ready, to)
-            _tma_load(weight, [column, start], ready, rights.index(stage))
+                tma_load(x, [row + part * _ROWS, start], ready, to)
+            tma_load(weight, [column, start], ready, rights.index(stage))
             stage, phase = _next(stage, phase, STAGES)
 
 
 @gluon.jit
-def _consume(
-    out,
-    ring,
-    buffers,
-    by,
-    rows,
-    N: gl.constexpr,
-    K: gl.constexpr,
-    GROUP: gl.constexpr,
-    INSTRUCTION: gl.constexpr,
-    HAS_BIAS: gl.constexpr,
-    PART: gl.constexpr,
-):
-    """Multiply, scale and store rows `64 * PART` to `64 * PART + 63` of every tile."""
+def _multiply(total, ring, place, START: gl.constexpr, END: gl.constexpr, PART: gl.constexpr):
+    """Add the products of columns `START` to `END` of the operands; the last one is in flight.
+
+    `place` in the ring is a stage, its phase, and the stage before, which is yet to be released.
+    """
     lefts, rights, full, empty = ring
     STAGES: gl.constexpr = rights.shape[0]
+    stage, phase, before = place
+    for start in range(START, END, _LINE):
+        mbarrier.wait(full.index(stage), phase)
+        left = lefts.index(stage * _CONSUMERS + PART)
+        right = rights.index(stage).permute([1, 0])
+        total = warpgroup_mma(left, right, total, is_async=True)
+        total = warpgroup_mma_wait(1, deps=[total])
+        mbarrier.arrive(empty.index(before), pred=start > 0)
+        before = stage
+        stage, phase = _next(stage, phase, STAGES)
+    return total, (stage, phase, before)
+
+
+@gluon.jit
+def _consume(
+    out, ring, buffers, by, added, rows, N: gl.constexpr, K: gl.constexpr,
+    GROUP: gl.constexpr, INSTRUCTION: gl.constexpr, PART: gl.constexpr,
+):  # fmt: skip
+    """Multiply, scale and store rows `64 * PART` to `64 * PART + 63` of every tile."""
+    lefts, rights, _full, empty = ring
+    residual, there = added
     BLOCK_N: gl.constexpr = rights.shape[1]
     SUM: gl.constexpr = gl.float32 if lefts.dtype.is_fp8() else gl.int32
     SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, INSTRUCTION, 32])
     WIDTH: gl.constexpr = buffers.shape[2]
     CHUNK: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 32])
+    HAS_RESIDUAL: gl.constexpr = residual is not None
+    SOON: gl.constexpr = (_SOON if K > _SOON else K) if HAS_RESIDUAL else 0
     tiles = gl.cdiv(rows, _BLOCK_M) * gl.cdiv(N, BLOCK_N)
-    stage = 0
-    phase = 0
-    before = 0
+    place = (0, 0, 0)
+    parity = 0
     for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
         row, column = _corner(tile, rows, N, BLOCK_N, GROUP)
         row += PART * _ROWS
         row_scale = values(by[0], row, rows, _ROWS, gl.SliceLayout(1, CHUNK))
         factors = column_factors(by, column, N, WIDTH, CHUNK)
         total = gl.zeros([_ROWS, BLOCK_N], SUM, SUMS)
-        for start in range(0, K, _LINE):
-            mbarrier.wait(full.index(stage), phase)
-            left = lefts.index(stage * _CONSUMERS + PART)
-            right = rights.index(stage).permute([1, 0])
-            total = warpgroup_mma(left, right, total, is_async=True)
-            total = warpgroup_mma_wait(1, deps=[total])
-            mbarrier.arrive(empty.index(before), pred=start > 0)
-            before = stage
-            stage, phase = _next(stage, phase, STAGES)
+        total, place = _multiply(total, ring, place, 0, SOON, PART)
+        if HAS_RESIDUAL:
+            fetch(residual, buffers, there.index(PART), row, column, BLOCK_N)
+        total, place = _multiply(total, ring, place, SOON, K, PART)
         total = warpgroup_mma_wait(0, deps=[total])
-        mbarrier.arrive(empty.index(before))
-        store(out, total, buffers, row_scale, factors, by, row, column, N, CHUNK, HAS_BIAS)
+        mbarrier.arrive(empty.index(place[2]))
+        if HAS_RESIDUAL:
+            mbarrier.wait(there.index(PART), parity)
+            parity = 1 - parity
+        store(out, total, buffers, row_scale, factors, by, row, column, N, CHUNK, HAS_RESIDUAL)
     tma.store_wait(0)
 
 
 @gluon.jit(do_not_specialize=["rows"])
 def _linear_hopper(
-    x,
-    weight,
-    out,
-    x_scale,
-    weight_scale,
-    bias,
-    rows,
-    N: gl.constexpr,
-    K: gl.constexpr,
-    STAGES: gl.constexpr,
-    BUFFERS: gl.constexpr,
-    GROUP: gl.constexpr,
-    INSTRUCTION: gl.constexpr,
-    HAS_BIAS: gl.constexpr,
-):
-    """`x`, `weight` and `out` are descriptors: beyond their edges they load 0 and store nothing."""
+    x, weight, out, x_scale, weight_scale, bias, residual, gate, rows,
+    N: gl.constexpr, K: gl.constexpr, STAGES: gl.constexpr, BUFFERS: gl.constexpr,
+    GROUP: gl.constexpr, INSTRUCTION: gl.constexpr,
+):  # fmt: skip
+    """The first three and `residual` are descriptors: beyond edges they load 0, store nothing.
+
+    `bias`, `residual` and `gate` may be None.
+    """
     BLOCK_N: gl.constexpr = weight.block_shape[0]
     WIDTH: gl.constexpr = out.block_shape[1]
     lefts = gl.allocate_shared_memory(x.dtype, [STAGES * _CONSUMERS, _ROWS, _LINE], x.layout)
@@ -193,14 +205,17 @@ def _linear_hopper(
     for stage in gl.static_range(STAGES):
         mbarrier.init(full.index(stage), 1)
         mbarrier.init(empty.index(stage), _CONSUMERS)
+    added = (None, None)
+    if residual is not None:
+        added = (residual, make_barriers(_CONSUMERS, 1))
     fence_async_shared()
     ring = (lefts, rights, full, empty)
-    by = (x_scale, weight_scale, bias)
+    by = (x_scale, weight_scale, bias, gate)
     # The first consumer is the program's own four warps; it has the registers that are left over.
     gl.warp_specialize(
         [
-            (_consume, (out, ring, to0, by, rows, N, K, GROUP, INSTRUCTION, HAS_BIAS, 0)),
-            (_consume, (out, ring, to1, by, rows, N, K, GROUP, INSTRUCTION, HAS_BIAS, 1)),
+            (_consume, (out, ring, to0, by, added, rows, N, K, GROUP, INSTRUCTION, 0)),
+            (_consume, (out, ring, to1, by, added, rows, N, K, GROUP, INSTRUCTION, 1)),
             (_produce, (x, weight, ring, rows, N, K, GROUP)),
         ],
         [4, 1],
@@ -216,8 +231,10 @@ def launch(
     bias: Tensor | None,
     out: Tensor,
     tile: Tile | None = None,
+    residual: Tensor | None = None,
+    gate: Tensor | None = None,
 ) -> None:
-    """Fill `out` with what `scaled_linear` computes.
+    """Fill `out` with what `scaled_linear`, or with a residual `scaled_linear_residual`, computes.
 
     Args:
         x: `[M, K]`, int8 or e4m3; like all others contiguous and at an address divisible by 16.
@@ -227,9 +244,10 @@ def launch(
         bias: `[N]`, a float of at most 32 bits.
         out: `[M, N]`, a float of 16 or 32 bits; M > 0.
         tile: None for the fastest measured on an H100.
+        residual: `[M, N]`, of the dtype of `out`.
+        gate: `[N]` fp32; only with a residual, and None is 1.
     """
-    is_int8 = x.dtype == INT8
-    tile = tile or (Tile() if is_int8 else _FP8_TILE)
+    tile = tile or _fastest(x.dtype, residual)
     rows, columns, depth = x.shape[0], weight.shape[0], x.shape[1]
     tiles = triton.cdiv(rows, _BLOCK_M.value) * triton.cdiv(columns, tile.n)
     programs = torch.cuda.get_device_properties(x.device).multi_processor_count
@@ -239,18 +257,25 @@ def launch(
         _descriptor(out, _ROWS.value),
         x_scale,
         weight_scale,
-        weight_scale if bias is None else bias,
+        bias,
+        None if residual is None else _descriptor(residual, _ROWS.value),
+        gate,
         rows,
         N=columns,
         K=depth,
         STAGES=tile.stages,
         BUFFERS=tile.buffers,
         GROUP=tile.group,
-        INSTRUCTION=min(tile.n, _WIDEST_INT8) if is_int8 else tile.n,
-        HAS_BIAS=bias is not None,
+        INSTRUCTION=min(tile.n, _WIDEST_INT8) if x.dtype == INT8 else tile.n,
         num_warps=4,
         enable_fp_fusion=False,  # it would round once less than the plain body
     )
+
+
+def _fastest(dtype: torch.dtype, residual: Tensor | None) -> Tile:
+    if residual is None:
+        return Tile() if dtype == INT8 else _BUFFERED
+    return _BUFFERED if residual.element_size() == 2 else _NARROW
 
 
 def _descriptor(tensor: Tensor, rows: int) -> TensorDescriptor:

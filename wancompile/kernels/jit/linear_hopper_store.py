@@ -14,15 +14,31 @@ sums through them by TMA, chunk by chunk of columns:
 So with `BUFFERS` of them, that many stores are on their way while the next sums are scaled, and the
 last ones still are while the next tile is multiplied. Whoever calls `store` waits for all stores
 before the program ends. Rows and columns beyond an edge of the result are not stored.
+
+A residual comes in through the same buffers, which then are as many as a tile has chunks. Each
+consumer has a barrier `there`, of one arrival and the bytes of all its chunks, once a tile:
+
+    all threads                         the thread that stores
+    multiply the first steps            the same
+                                        wait until all stores have read their buffers
+                                        expect the bytes on `there`, start to load all chunks
+    multiply the other steps            the same
+    wait there, parity of the tile      the same
+    for each chunk: read and add it, then write and store as above, without the wait
+
+So stores have the time of the first steps to leave, and loads that of the others to arrive. A chunk
+is read before it is written over: the barrier is between. No thread runs a tile ahead on `there`,
+for all of a consumer meet after they have waited for it. What lies beyond an edge is loaded
+as zeros and its bytes are counted, so each load is waited for, and none is left at the end.
 """
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, tma
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
-_tma_store = (  # under both of its names, before and since Triton 3.7
-    tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
-)
+# Both under both of their names, before and since Triton 3.7.
+tma_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
+_tma_store = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
 
 
 @gluon.jit
@@ -34,9 +50,34 @@ def values(source, start, end, COUNT: gl.constexpr, LAYOUT: gl.constexpr):
 
 @gluon.jit
 def column_factors(by, column, N: gl.constexpr, WIDTH: gl.constexpr, CHUNK: gl.constexpr):
-    """Scales and biases of the columns of a chunk; `by` is `store`'s."""
+    """Scales, biases and gates of the columns of a chunk; `by` is `store`'s."""
     COLUMNS: gl.constexpr = gl.SliceLayout(0, CHUNK)
-    return values(by[1], column, N, WIDTH, COLUMNS), values(by[2], column, N, WIDTH, COLUMNS)
+    scale = values(by[1], column, N, WIDTH, COLUMNS)
+    # Triton's functions cannot return None, so the scales stand for what is not there.
+    bias = scale if by[2] is None else values(by[2], column, N, WIDTH, COLUMNS)
+    gate = scale if by[3] is None else values(by[3], column, N, WIDTH, COLUMNS)
+    return scale, bias, gate
+
+
+@gluon.jit
+def fetch(residual, buffers, there, row, column, BLOCK_N: gl.constexpr):
+    """Start to load the residual of a tile into `buffers`.
+
+    Args:
+        residual: descriptor, in blocks of a chunk's size.
+        buffers: `store`'s, one for each chunk.
+        there: the barrier that will take the bytes.
+        row: first row of the tile in the residual.
+        column: its first column.
+        BLOCK_N: columns of the tile.
+    """
+    WIDTH: gl.constexpr = buffers.shape[2]
+    CHUNKS: gl.constexpr = BLOCK_N // WIDTH
+    gl.static_assert(buffers.shape[0] == CHUNKS, "with a residual each chunk has its own buffer")
+    tma.store_wait(0)
+    mbarrier.expect(there, CHUNKS * residual.block_type.nbytes)
+    for i in gl.static_range(CHUNKS):
+        tma_load(residual, [row, column + i * WIDTH], there, buffers.index(i))
 
 
 @gluon.jit
@@ -51,9 +92,11 @@ def store(
     column,
     N: gl.constexpr,
     CHUNK: gl.constexpr,
-    HAS_BIAS: gl.constexpr,
+    HAS_RESIDUAL: gl.constexpr,
 ):
     """Scale, cast and store the sums of one consumer; as in `scaled_linear`, in that order.
+
+    With a residual, as in `scaled_linear_residual`.
 
     Args:
         out: descriptor of the result, in blocks of a chunk's size.
@@ -61,30 +104,43 @@ def store(
         buffers: `[BUFFERS, 64, WIDTH]` of the result's type, in shared memory.
         row_scale: 64 fp32 scales of the rows.
         factors: `column_factors` of the first chunk.
-        by: pointers to the scales of rows, of columns, and to the biases.
+        by: pointers to the scales of rows, of columns, to the biases and the gates; None for the
+            latter two where there are none.
         row: first row of `total` in the result.
         column: its first column.
         N: columns of the result.
         CHUNK: layout of a chunk in registers.
-        HAS_BIAS: whether there is a bias; else a pointer to any N numbers stands for it.
+        HAS_RESIDUAL: whether buffers hold what is to be added: `fetch` has filled them.
     """
     BUFFERS: gl.constexpr = buffers.shape[0]
     WIDTH: gl.constexpr = buffers.shape[2]
     CHUNKS: gl.constexpr = total.shape[1] // WIDTH
     chunks = _split(total, CHUNKS)
-    scale, bias = factors
     for i in gl.static_range(CHUNKS):
         value = gl.convert_layout(chunks[i], CHUNK, assert_trivial=True).to(gl.float32)
-        value = value * row_scale[:, None] * scale[None, :]
-        if HAS_BIAS:
-            value += bias.to(gl.float32)[None, :]
+        value = _scaled(value, row_scale, factors, by)
         if i + 1 < CHUNKS:  # load the next ones while this chunk waits for its buffer
-            scale, bias = column_factors(by, column + (i + 1) * WIDTH, N, WIDTH, CHUNK)
+            factors = column_factors(by, column + (i + 1) * WIDTH, N, WIDTH, CHUNK)
         buffer = buffers.index(i % BUFFERS)
-        tma.store_wait(BUFFERS - 1)
+        if HAS_RESIDUAL:
+            value = buffer.load(CHUNK).to(gl.float32) + value
+        else:
+            tma.store_wait(BUFFERS - 1)
         buffer.store(value.to(out.dtype))
         fence_async_shared()
         _tma_store(out, [row, column + i * WIDTH], buffer)
+
+
+@gluon.jit
+def _scaled(value, row_scale, factors, by):
+    """A chunk with its scales, biases and gates; no product is fused with a sum."""
+    scale, bias, gate = factors
+    value = value * row_scale[:, None] * scale[None, :]
+    if by[2] is not None:
+        value += bias.to(gl.float32)[None, :]
+    if by[3] is not None:
+        value *= gate[None, :]
+    return value
 
 
 @gluon.jit
