@@ -1,10 +1,12 @@
 """Check the variants of the Hopper matrix product, then time them beside their rivals.
 
     python -m benchmarks.linear_variants
+    python -m benchmarks.linear_variants --residual
 
 Every check runs in a process of its own that is stopped after 40 s, for a kernel whose barriers
-are wrong hangs. What passes is timed at 480p, 32,760 tokens; the table comes last. The whole takes
-at most 150 s on an H100 with 16 cores.
+are wrong hangs. What passes is timed at 480p, 32,760 tokens; the tables come last. The whole takes
+at most 150 s on an H100 with 16 cores. With `--residual` there is only the last table: products
+that add the residual stream themselves, beside those that leave it to another kernel.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from torch import Tensor
 
 from benchmarks.kernels import DEVICE, activations, relative, rival_linear
 from wancompile.kernels.jit import linear, linear_hopper
+from wancompile.kernels.triton_norm import add_gated_triton
 from wancompile.kernels.triton_quantize import quantize_per_token_triton
 from wancompile.ops.linear import epilogue
 from wancompile.quant.numerics import FP8, INT8
@@ -40,6 +43,7 @@ VARIANTS = {
 }
 ODD = (1552, 5120)  # K no multiple of a step
 TIMED = [(5120, 13824), (13824, 5120), (5120, 5120), (5120, 15360), (1536, 8960)]  # K, N
+WITH_RESIDUAL = [(5120, 5120), (13824, 5120)]  # K, N
 TOKENS = 32_760
 ROWS = (1, 127, 333, TOKENS)
 CHUNK = 4096
@@ -54,11 +58,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", type=json.loads)
     parser.add_argument("--time", type=json.loads)
+    parser.add_argument("--residual", action="store_true")
     given = parser.parse_args()
     if given.check is not None:
         check(*given.check)
     elif given.time is not None:
         time_all({tuple(case) for case in given.time})
+    elif given.residual:
+        time_residuals()
     else:
         check_then_time()
 
@@ -69,10 +76,11 @@ def check_then_time() -> None:
     alive = run_checks([(*way, *ODD) for way in ways], started)
     ways = [way for way in ways if (*way, *ODD) in alive]
     good = run_checks([(*way, *shape) for shape in TIMED for way in ways], started)
-    left = TIMES_UNTIL_S - (time.monotonic() - started)
-    command = [sys.executable, "-m", MODULE, "--time", json.dumps(sorted(good))]
-    with suppress(subprocess.TimeoutExpired):
-        subprocess.run(command, timeout=left, check=False)
+    for arguments in (["--time", json.dumps(sorted(good))], ["--residual"]):
+        left = TIMES_UNTIL_S - (time.monotonic() - started)
+        command = [sys.executable, "-m", MODULE, *arguments]
+        with suppress(subprocess.TimeoutExpired):
+            subprocess.run(command, timeout=left, check=False)
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton "
           f"{triton.__version__}, {time.monotonic() - started:.0f} s")  # fmt: skip
 
@@ -184,6 +192,44 @@ def time_all(good: Iterable[Case]) -> None:
         rates = {name: work / ms / 1e9 for name, ms in medians(runs).items()}
         cells = "".join(f"{rates[n]:12.0f}" if n in rates else f"{'-':>12}" for n in names)
         print(f"{f'{depth} -> {columns} {type_name}':24}{cells}", flush=True)
+
+
+def time_residuals() -> None:
+    """Print milliseconds of products alone, with a residual, and followed by the sum."""
+    names = ["alone", "alone, s3 b4", "residual", "no gate", "alone, sum"]
+    print(f"\n{'ms':24}" + "".join(f"{name:>14}" for name in names))
+    for (depth, columns), type_name in itertools.product(WITH_RESIDUAL, TYPES):
+        sides = operands(TYPES[type_name], depth, columns)
+        residual = activations(TOKENS, columns)
+        gate = torch.randn(columns, device=DEVICE)
+        out = torch.empty_like(residual)
+        alone = partial(linear_hopper.launch, *sides, out)
+        fused = partial(alone, residual=residual)
+        check_residual(sides, residual, gate)
+        runs: dict[str, Callable[[], object]] = {
+            "alone": alone,
+            "alone, s3 b4": partial(alone, VARIANTS["s3 b4"]),
+            "residual": partial(fused, gate=gate),
+            "no gate": fused,
+            "alone, sum": partial(alone_then_sum, alone, residual, out, gate),
+        }
+        times = medians(runs)
+        cells = "".join(f"{times[name]:14.3f}" for name in names)
+        print(f"{f'{depth} -> {columns} {type_name}':24}{cells}", flush=True)
+
+
+def alone_then_sum(alone: Callable[[], object], x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
+    alone()
+    return add_gated_triton(x[None], y[None], gate, None, None)
+
+
+def check_residual(sides: Operands, residual: Tensor, gate: Tensor) -> None:
+    """Raise AssertionError unless the fused sum is, bit for bit, that of an fp32 product."""
+    out, product = torch.empty_like(residual), torch.empty_like(residual, dtype=torch.float32)
+    linear_hopper.launch(*sides, product)
+    linear_hopper.launch(*sides, out, residual=residual, gate=gate)
+    apart = residual.float() + product * gate
+    assert torch.equal(out, apart.to(out.dtype)), "the product with a residual is wrong"
 
 
 def medians(runs: dict[str, Callable[[], object]]) -> dict[str, float]:
