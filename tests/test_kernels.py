@@ -17,6 +17,7 @@ from wancompile.quant.numerics import FP8, INT8
 CUDA = torch.device("cuda")
 CPU = torch.device("cpu")
 LINEAR = torch.ops.wancompile.scaled_linear.default
+LINEAR_RESIDUAL = torch.ops.wancompile.scaled_linear_residual.default
 ATTENTION = torch.ops.wancompile.scaled_attention.default
 PER_TOKEN = torch.ops.wancompile.quantize_per_token.default
 PER_HEAD = torch.ops.wancompile.quantize_per_head.default
@@ -35,6 +36,12 @@ def linear_args(dtype: torch.dtype, k: int = 64, n: int = 32, m: int = 5) -> tup
 
     x, w = empty(m, k, dtype=dtype), empty(n, k, dtype=dtype)
     return x, empty(m, 1), w, empty(n, 1), None, torch.bfloat16
+
+
+def residual_args(dtype: torch.dtype, k: int = 64, stream: torch.dtype = torch.bfloat16) -> tuple:
+    x, x_scale, w, w_scale, bias, _ = linear_args(dtype, k)
+    residual = torch.empty(1, *x.shape[:1], w.shape[0], dtype=stream, device="meta")
+    return x[None], x_scale[None], w, w_scale, bias, residual, None
 
 
 def attention_args(
@@ -89,6 +96,8 @@ def give(monkeypatch, capability, reason_against_triton=None):
         ((9, 0), LINEAR, linear_args(FP8, k=5120), "linear_hopper"),
         ((9, 0), LINEAR, linear_args(FP8, k=1536), "fp8_linear_scaled_mm"),
         ((9, 0), LINEAR, linear_args(INT8), "linear_hopper"),
+        ((9, 0), LINEAR_RESIDUAL, residual_args(INT8), "linear_residual_hopper"),
+        ((9, 0), LINEAR_RESIDUAL, residual_args(FP8, k=5120), "linear_residual_hopper"),
         ((9, 0), LINEAR, with_float64_bias(linear_args(FP8)), "fp8_linear_scaled_mm"),
         ((8, 9), LINEAR, linear_args(FP8), "fp8_linear_scaled_mm"),
         ((10, 0), LINEAR, linear_args(FP8), "fp8_linear_scaled_mm"),
@@ -124,6 +133,18 @@ def test_a_gpu_gets_a_kernel(monkeypatch, capability, op, args, name):
     [
         (LINEAR, linear_args(FP8, k=72), "linear_triton", "K=72 is not a multiple of 16"),
         (LINEAR, linear_args(FP8, k=1536), "linear_hopper", "torch is faster for e4m3"),
+        (
+            LINEAR_RESIDUAL,
+            residual_args(FP8, k=1536),
+            "linear_residual_hopper",
+            "torch is faster for e4m3",
+        ),
+        (
+            LINEAR_RESIDUAL,
+            residual_args(INT8, stream=torch.float64),
+            "linear_residual_hopper",
+            "residual is torch.float64",
+        ),
         (LINEAR, linear_args(INT8, n=8), "linear_triton", "N=8 is not a multiple of 16"),
         (LINEAR, with_float64_bias(linear_args(INT8)), "linear_triton", "bias is torch.float64"),
         (LINEAR, (*linear_args(INT8)[:5], torch.float64), "linear_triton", "output is torch.float"),

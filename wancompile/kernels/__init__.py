@@ -13,7 +13,7 @@ from torch._ops import OpOverload
 from wancompile.kernels.base import Kernel
 from wancompile.kernels.fa3_attention import ATTENTION_FA3
 from wancompile.kernels.hopper_attention import ATTENTION_HOPPER
-from wancompile.kernels.hopper_linear import LINEAR_HOPPER
+from wancompile.kernels.hopper_linear import LINEAR_HOPPER, LINEAR_RESIDUAL_HOPPER
 from wancompile.kernels.torch_attention import ATTENTION_CUDNN, ATTENTION_DEQUANTIZE_SDPA
 from wancompile.kernels.torch_linear import FP8_LINEAR_SCALED_MM, INT8_LINEAR_INT_MM
 from wancompile.kernels.triton_activation import GELU_QUANTIZE_TRITON
@@ -33,6 +33,7 @@ KERNELS: tuple[Kernel, ...] = (
     LINEAR_TRITON,
     FP8_LINEAR_SCALED_MM,
     INT8_LINEAR_INT_MM,
+    LINEAR_RESIDUAL_HOPPER,
     QUANTIZE_PER_TOKEN_TRITON,
     QUANTIZE_PER_HEAD_TRITON,
     GELU_QUANTIZE_TRITON,
