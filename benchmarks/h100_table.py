@@ -30,6 +30,8 @@ _SHOWN = (
     "fp8-attention",
     "int8-attention",
 )
+# What the numbers cannot say: what was tried, what it gave, and what limits it.
+_NOTES = Path(__file__).with_name("h100_notes.md")
 _HOW = f"""\
 Written by `python -m benchmarks.h100_table` from raw results in `benchmarks/results/`, which
 `python -m benchmarks.h100` measures.
@@ -87,6 +89,7 @@ def document(cells: Cells, surroundings: Sequence[dict[str, Any]]) -> str:
         _PARTS,
         _gain_table(cells),
         *_not_run(cells),
+        _NOTES.read_text(encoding="utf-8").strip(),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
