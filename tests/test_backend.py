@@ -56,17 +56,25 @@ def error(model: Callable[..., Any], original: nn.Module, inputs: Mapping[str, T
 
 
 def ran(model: Callable[..., Any], inputs: Mapping[str, Tensor]) -> Counts:
-    """Return how often each of the compiler's ops runs in one call, as torch's profiler sees it."""
+    """Return how often each of the compiler's ops runs in one call, as torch's profiler sees it.
+
+    Beside them, as "linear", the linears in floating point.
+    """
     cpu = torch.profiler.ProfilerActivity.CPU
     with torch.inference_mode():
         model(**inputs)
         with torch.profiler.profile(activities=[cpu]) as profile:
             model(**inputs)
     return {
-        one.key.removeprefix("wancompile::"): one.count
+        one.key.partition("::")[2]: one.count
         for one in profile.key_averages()
-        if one.key.startswith("wancompile::")
+        if one.key.startswith("wancompile::") or one.key == "aten::linear"
     }
+
+
+def linears(model: nn.Module) -> int:
+    """Return how many linears a model has."""
+    return sum(isinstance(one, nn.Linear) for one in model.modules())
 
 
 def quantizations(caplog: pytest.LogCaptureFixture) -> int:
@@ -103,7 +111,8 @@ def test_every_linear_of_a_group_runs_in_8_bits(variant: str) -> None:
     model, inputs = zoo.make(variant, 1)
     table = zoo.expected_table(variant, 1)
     counts = ran(compiled(model), inputs)
-    assert counts["scaled_linear"] == sum(len(members) for _, members in table)
+    assert counts["scaled_linear"] == len(table)  # one product for each group
+    assert counts["linear"] == linears(model) - sum(len(members) for _, members in table)
     # Both kinds of block of a VACE read the same text states.
     shared = sum(role == "attn_kv_proj" for role, _ in table) - 1
     assert counts["quantize_per_token"] == len(table) - shared
@@ -117,8 +126,9 @@ def test_the_clone(style: clone.Style, dynamic: bool) -> None:
     loom = clone.from_wan(wan, clone.Taste(style, long_gelu=True))
     quantized, call = compiled(loom, dynamic=dynamic), clone.arguments(inputs)
     assert 1e-4 < relative_error(run(quantized, call), run(wan, inputs)) < 0.03
-    linears = sum(len(members) for _, members in clone.expected_table_clone(1, photo=True))
-    assert ran(quantized, call)["scaled_linear"] == linears
+    table, counts = clone.expected_table_clone(1, photo=True), ran(quantized, call)
+    assert counts["scaled_linear"] == len(table)
+    assert counts["linear"] == linears(wan) - sum(len(members) for _, members in table)
 
 
 class Scaled(nn.Module):
@@ -161,7 +171,9 @@ def test_the_recipe_decides() -> None:
     model, inputs = zoo.make("t2v", 1)
     recipe = Recipe("mine", QSpec("fp8"), (Rule("ffn_*", None),))
     quantized = compiled(model, recipe=recipe)
-    assert ran(quantized, inputs)["scaled_linear"] == 8
+    counts = ran(quantized, inputs)
+    assert counts["scaled_linear"] == 5  # q, k, v; k, v; one q and two outputs
+    assert counts["linear"] == linears(model) - 8
     assert 0.005 < error(quantized, model, inputs) < 0.1
 
 
