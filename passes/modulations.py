@@ -91,7 +91,8 @@ def _cut(node: Node) -> _Cut | None:
             base = match.widened_from(base)
             sizes = zip(match.shape(base), match.shape(whole), strict=True)
             if match.rank(base) == 4 and all(match.same(*pair) for pair in sizes):
-                return _Cut(table, base, dim, index, number)
+                places = match.shape(whole)[dim]
+                return _Cut(table, base, dim, match.dim_of(index, places), number)
     return None
 
 

@@ -174,17 +174,6 @@ def test_operands_are_where_the_op_wants_them():
         assert match.shape(gate)[1] == 1
 
 
-def test_rows_of_a_table_are_found_once_and_its_sum_is_not_made():
-    tensors = needed(from_a_table)
-    after = fused(from_a_table, **tensors)
-    ((_, _, *six, rows, _, _, _),) = calls(after, "residual_norm_quantize")
-    assert match.is_op(rows, torch.ops.wancompile.repeated_rows.default)
-    offsets = [after.state[one.target] for one in six[1::2]]
-    for offset, row, one in zip(offsets, (2, 1, 0), (0, 1, 0), strict=True):
-        torch.testing.assert_close(offset, TABLE["table"][row] + one)
-    assert "table" not in after.state
-
-
 def test_later_and_earlier_readers_read_the_new_sum():
     """`early` comes before the op that yields the sum, and has to move behind it."""
 
@@ -273,6 +262,10 @@ def by_one_number_a_token(self, x):
     return normed(x) * x[..., :1]
 
 
+def by_whole_numbers(self, x):
+    return normed(x) * torch.arange(C)
+
+
 def by_a_row_for_all_videos(self, x):
     return normed(x) * self.bias[None, None]
 
@@ -293,6 +286,7 @@ def by_weight_after_bias(self, x):
         of_squares_alone,
         by_a_number,
         by_one_number_a_token,
+        by_whole_numbers,
         by_a_row_for_all_videos,
         by_alpha,
     ],

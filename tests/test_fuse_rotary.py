@@ -285,9 +285,16 @@ def stacked_before_pairs(self, x):
     return torch.stack(parts, -2).flatten(-2).transpose(1, 2)
 
 
-def heads_last(self, x):
-    """[B, H, S, D] by another permutation."""
-    return wan(self, x.flip(1)).transpose(0, 0).flip(1)
+def tokens_first(self, x):
+    """[S, H, B, D], which looks like [B, H, S, D] of another batch."""
+    even, odd = pairs(split(norm(self, x)))
+    turn = angles(self, x)
+    parts = even * turn.cos() - odd * turn.sin(), even * turn.sin() + odd * turn.cos()
+    return torch.stack(parts, -1).flatten(-2).permute(1, 2, 0, 3)
+
+
+def odd_channels_alone(self, x):
+    return turned(self, x, lambda e, o, c, s: o * c - o * s, lambda e, o, c, s: o * s + o * c)
 
 
 def whole_numbers(self, x):
@@ -344,7 +351,8 @@ def three_parts(self, x):
         (stacked_before_pairs, "not rotated by pairs"),
         (three_parts, "not rotated by pairs"),
         (whole_numbers, "not rotated by pairs"),
-        (heads_last, "not laid out"),
+        (tokens_first, "not laid out"),
+        (odd_channels_alone, "not neighbouring channels"),
         (regrouped, "not rotated by pairs"),
     ],
 )
