@@ -2,8 +2,9 @@
 
     python -m benchmarks.attention_variants
 
-Every variant is checked, and then timed, in processes of its own that are stopped after 40 s, for a
-kernel whose barriers are wrong hangs. The table comes last. The whole takes about 4 minutes.
+Every variant is checked in a process of its own that is stopped after 40 s, for a kernel whose
+barriers are wrong hangs. Those that are right are timed one after the other in another process. The
+whole takes less than 2 minutes.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import torch
 import triton
 from torch import Tensor
 
-from wancompile.kernels.jit import attention, attention_hopper
+from wancompile.kernels.jit import attention_hopper
 from wancompile.kernels.jit.attention_hopper import Tile
 from wancompile.ops.attention import P_RANGE
 from wancompile.quant.numerics import FP8, INT8, QMAX, quantize
@@ -32,92 +33,122 @@ MODULE = "benchmarks.attention_variants"
 DEVICE = "cuda"
 TYPES = {"int8": INT8, "fp8": FP8}
 VARIANTS = {
-    "2x128 p0": Tile(),
-    "2x128 p2": Tile(polynomial=2),
-    "2x128 p4": Tile(polynomial=4),
-    "2x128 p8": Tile(polynomial=8),
-    "3x64 p0": Tile(groups=3, keys=64),
-    "3x64 p4": Tile(groups=3, keys=64, polynomial=4),
+    ("p8", "int8"): Tile(polynomial=8),
+    ("p0", "fp8"): Tile(),
+    ("lazy 7, p8", "int8"): Tile(polynomial=8, lazy=7),
+    ("lazy 7, p0", "int8"): Tile(lazy=7),
+    ("lazy 6, p8", "int8"): Tile(polynomial=8, lazy=6),
+    ("lazy 7, p8", "fp8"): Tile(polynomial=8, lazy=7),
+    ("lazy 7, p0", "fp8"): Tile(lazy=7),
+    ("lazy 6, p0", "fp8"): Tile(lazy=6),
 }
-RIVALS = {"triton": ["int8", "fp8"], "FA3": ["fp8"]}
-TOKENS = (32_760, 75_600)
+FA3 = ("FA3", "fp8")
+TIMED = ((32_760, 1.0), (75_600, 1.0), (32_760, 4.0))  # tokens, standard deviation of logits
 HEADS, CHANNELS = 40, 128
 SMALL = [(333, 1000), (64, 1), (200, 128), (130, 129), (5, 256), (7, 449)]  # Sq, Sk
-LIMIT_S, PROCESSES = 40, 6
-MORE_THAN_ROUNDING = 1.1  # p is rounded relative to another maximum than in the reference
+PROFILES: dict[str, tuple[float, Callable[[Tensor], Tensor]]] = {
+    # The standard deviation of logits, and what is added to those of a key, of its place in [0, 1].
+    "constant": (0.0, lambda place: 5.0 + 0 * place),
+    "rising slowly": (0.5, lambda place: 20 * place),
+    "rising fast": (1.0, lambda place: 300 * place),
+    "falling": (1.0, lambda place: -60 * place),
+    "late": (1.0, lambda place: 20.0 * (place > 0.95)),
+    "late and high": (1.0, lambda place: 300.0 * (place == 1)),
+    "first": (0.3, lambda place: 7.0 * (place == 0)),
+    "last": (0.3, lambda place: 7.0 * (place == 1)),
+}
+LIMIT_S, PROCESSES = 40, 8
+MORE_THAN_ROUNDING = 1.1  # the kernel's exponentials and sums are not exact, either
 BF16 = 3e-3
+GOLDEN = 0.618  # multiples of it modulo 1 are spread evenly
 Case = tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor, Tensor]]  # q, k, v, scales
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", nargs=2, metavar=("VARIANT", "TYPE"))
-    parser.add_argument("--time", nargs="+", metavar=("VARIANT", "TYPE"))
+    parser.add_argument("--time", nargs=2, metavar=("VARIANT", "TYPE"), action="append")
     given = parser.parse_args()
     if given.check is not None:
         check(*given.check)
     elif given.time is not None:
-        time_one(given.time[0], given.time[1:])
+        time_all([(variant, kind) for variant, kind in given.time])
     else:
         check_then_time()
 
 
 def check_then_time() -> None:
     started = time.monotonic()
-    ways = [(variant, kind) for variant in VARIANTS for kind in TYPES]
     with ThreadPoolExecutor(PROCESSES) as pool:
-        verdicts = list(pool.map(partial(run_apart, "--check"), ways))
-    good: dict[str, list[str]] = {variant: [] for variant in VARIANTS}
-    for (variant, kind), verdict in zip(ways, verdicts, strict=True):
-        print(f"{variant:20}{kind:6}{verdict}", flush=True)
-        if verdict.startswith("right"):
-            good[variant].append(kind)
-    timed = [(name, *kinds) for name, kinds in {**RIVALS, **good}.items() if kinds]
-    tables = [run_apart("--time", way) for way in timed]
-    print(f"\n{'TFLOP/s':26}" + "".join(f"{tokens:>10,}" for tokens in TOKENS), *tables, sep="\n")
+        verdicts = list(pool.map(check_apart, VARIANTS))
+    for way, verdict in zip(VARIANTS, verdicts, strict=True):
+        print(f"{way[0]:14}{way[1]:6}{verdict}", flush=True)
+    right = [way for way, said in zip(VARIANTS, verdicts, strict=True) if said.startswith("right")]
+    options = [word for way in [FA3, *right] for word in ("--time", *way)]
+    subprocess.run([sys.executable, "-m", MODULE, *options], timeout=2 * LIMIT_S, check=False)
     print(f"{torch.cuda.get_device_name()}, {time.monotonic() - started:.0f} s")
 
 
-def run_apart(task: str, way: tuple[str, ...]) -> str:
-    """What this module prints for one way, or how it failed."""
-    command = [sys.executable, "-m", MODULE, task, *way]
+def check_apart(way: tuple[str, str]) -> str:
+    """What `check` prints, or how it failed."""
+    command = [sys.executable, "-m", MODULE, "--check", *way]
     try:
         done = subprocess.run(command, timeout=LIMIT_S, capture_output=True, text=True, check=False)
     except subprocess.TimeoutExpired:
-        return f"{way}: stopped after {LIMIT_S} s"
+        return f"stopped after {LIMIT_S} s"
     if done.returncode:
-        return f"{way}: {(done.stderr.strip() or str(done.returncode)).splitlines()[-1][:200]}"
+        return (done.stderr.strip() or str(done.returncode)).splitlines()[-1][:200]
     return done.stdout.strip()
 
 
 def check(variant: str, kind: str) -> None:
     """Raise AssertionError unless small shapes, and samples of a large one, are right."""
-    tile, worst = VARIANTS[variant], 0.0
-    for channels in (128, 64) if tile == Tile() else (128,):
+    tile, dtype, worst = VARIANTS[variant, kind], TYPES[kind], 0.0
+    for channels in (128, 64):
         for q_tokens, k_tokens in SMALL:
-            case = operands((2, 3, q_tokens, k_tokens, channels), TYPES[kind], spread=4.0)
+            case = operands((2, 3, q_tokens, k_tokens, channels), dtype, spread=4.0)
             worst = max(worst, excess(case, tile, torch.arange(q_tokens), range(3)))
-    case = operands((1, HEADS, TOKENS[0], TOKENS[0], CHANNELS), TYPES[kind], spread=1.0)
-    rows = torch.linspace(0, TOKENS[0] - 1, 48).long()
+    for name, (spread, profile) in PROFILES.items():
+        for q_tokens, k_tokens in SMALL[0], (130, 4099):
+            logits = profile(torch.linspace(0, 1, k_tokens, device=DEVICE))
+            case = operands((1, 2, q_tokens, k_tokens, CHANNELS), dtype, spread, logits)
+            worst = max(worst, excess(case, tile, torch.arange(q_tokens), range(2), name))
+    tokens = TIMED[0][0]
+    case = operands((1, HEADS, tokens, tokens, CHANNELS), dtype, spread=1.0)
+    rows = torch.linspace(0, tokens - 1, 48).long()
     worst = max(worst, excess(case, tile, rows, (0, 17, HEADS - 1)))
     print(f"right, error at most {worst:.2f} of what is allowed")
 
 
-def operands(shape: tuple[int, int, int, int, int], dtype: torch.dtype, spread: float) -> Case:
-    """Random q, k, v in 8 bits; logits have about the standard deviation `spread`."""
+def operands(
+    shape: tuple[int, int, int, int, int],
+    dtype: torch.dtype,
+    spread: float,
+    profile: Tensor | None = None,
+) -> Case:
+    """Random q, k, v in 8 bits.
+
+    Logits have about the standard deviation `spread` around `profile [Sk]`, or 0.
+    """
     batch, heads, q_tokens, k_tokens, channels = shape
     torch.manual_seed(0)
+    q = spread * torch.randn(batch, heads, q_tokens, channels, device=DEVICE)
+    k = torch.randn(batch, heads, k_tokens, channels, device=DEVICE)
+    v = 0.3 * torch.randn(batch, heads, k_tokens, channels, device=DEVICE)
+    if profile is not None:
+        factor = profile.abs().max().sqrt() * channels**0.25  # of the logits; so both are as large
+        q[..., 0], k[..., 0] = factor, profile * channels**0.5 / factor
     made = []
-    sides = (q_tokens, spread, dtype), (k_tokens, 1.0, dtype), (k_tokens, 0.3, FP8)
-    for tokens, size, kind in sides:
-        x = size * torch.randn(batch, heads, tokens, channels, device=DEVICE)
+    for x, kind in (q, dtype), (k, dtype), (v, FP8):
         scale = x.abs().amax((0, 2, 3)) / QMAX[kind]
         made.append((quantize(x, scale[:, None, None], kind), scale))
     (q, q_scale), (k, k_scale), (v, v_scale) = made
     return q, k, v, (q_scale, k_scale, v_scale)
 
 
-def excess(case: Case, tile: Tile, rows: Tensor, heads: range | tuple[int, ...]) -> float:
+def excess(
+    case: Case, tile: Tile, rows: Tensor, heads: range | tuple[int, ...], name: str = ""
+) -> float:
     """The largest error of a head over what rounding allows; fails if it is more than 1."""
     q, k, v, scales = case
     batch, count, tokens, channels = q.shape
@@ -129,10 +160,10 @@ def excess(case: Case, tile: Tile, rows: Tensor, heads: range | tuple[int, ...])
     worst = 0.0
     for b in range(batch):
         for head in heads:
-            exact, rounded = references(case, b, head, rows)
+            exact, rounded = references(case, tile, b, head, rows)
             error = relative(out[b, head, rows].double(), exact)
             allowed = MORE_THAN_ROUNDING * relative(rounded, exact) + BF16
-            said = f"{tuple(q.shape)} {k.shape[2]}: error {error:.2e}, allowed {allowed:.2e}"
+            said = f"{name} {tuple(q.shape)} {k.shape[2]}: error {error:.2e}, allowed {allowed:.2e}"
             assert error <= allowed, said
             worst = max(worst, error / allowed)
     return worst
@@ -148,15 +179,23 @@ def transposed(v: Tensor) -> Tensor:
     return ordered.reshape(batch * heads * channels, padded).view(FP8)
 
 
-def references(case: Case, b: int, head: int, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Attention of some rows of one head in float64, exact and with P in e4m3."""
+def references(case: Case, tile: Tile, b: int, head: int, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention of some rows of one head in float64, exact and with P in e4m3.
+
+    The largest P of a row is 2**8. A lazy softmax stores it as what it was when the shift was
+    raised, or as more, up to 448; here each row has another power between.
+    """
     q, k, v, scales = case
     q_scale, k_scale, v_scale = (scale[head].double() for scale in scales)
     logits = q[b, head, rows].double() @ k[b, head].double().T
     logits *= q_scale * k_scale * q.shape[3] ** -0.5
     weights = (logits - logits.amax(-1, keepdim=True)).exp()
     values = v[b, head].double() * v_scale
-    coarse = (P_RANGE * weights).to(torch.float32).to(FP8).double() / P_RANGE
+    largest: float | Tensor = P_RANGE
+    if tile.lazy:
+        place = torch.arange(len(rows), device=DEVICE)[:, None].double() * GOLDEN % 1
+        largest = 2 ** (tile.lazy + place * (math.log2(QMAX[FP8]) - tile.lazy))
+    coarse = (largest * weights).to(torch.float32).to(FP8).double() / largest
     total = weights.sum(-1, keepdim=True)
     return weights @ values / total, coarse @ values / total
 
@@ -165,31 +204,32 @@ def relative(value: Tensor, reference: Tensor) -> float:
     return float((value - reference).norm() / reference.norm())
 
 
-def time_one(variant: str, kinds: list[str]) -> None:
-    """Print a row of TFLOP/s for each of `kinds`, a column for each count of tokens."""
-    for kind in kinds:
-        rates = []
-        for tokens in TOKENS:
-            run = runner(variant, operands((1, HEADS, tokens, tokens, CHANNELS), TYPES[kind], 1.0))
-            run()
-            times = triton.testing.do_bench(run, warmup=100, rep=1000, return_mode="all")
-            rates.append(4 * tokens**2 * HEADS * CHANNELS / statistics.median(times) / 1e9)
-        print(f"{variant:20}{kind:6}" + "".join(f"{rate:10.0f}" for rate in rates), flush=True)
+def time_all(ways: list[tuple[str, str]]) -> None:
+    """Print a row of TFLOP/s for each of `ways`."""
+    columns = [f"{tokens:,} x {spread:g}" for tokens, spread in TIMED]
+    print(f"{'TFLOP/s':20}" + "".join(f"{column:>14}" for column in columns), flush=True)
+    for variant, kind in ways:
+        print(f"{variant:14}{kind:6}", end="")
+        for tokens, spread in TIMED:
+            case = operands((1, HEADS, tokens, tokens, CHANNELS), TYPES[kind], spread)
+            run = runner(variant, kind, case)
+            times = triton.testing.do_bench(run, warmup=100, rep=700, return_mode="all")
+            rate = 4 * tokens**2 * HEADS * CHANNELS / statistics.median(times) / 1e9
+            print(f"{rate:14.0f}", end="", flush=True)
+        print(flush=True)
 
 
-def runner(variant: str, case: Case) -> Callable[[], object]:
+def runner(variant: str, kind: str, case: Case) -> Callable[[], object]:
     q, k, v, scales = case
     softmax_scale = q.shape[3] ** -0.5
-    if variant == "FA3":
+    if (variant, kind) == FA3:
         importlib.import_module("fa3_fwd._C")  # defines the op
         flat = [x.transpose(1, 2).contiguous() for x in (q, k, v)]
         names = ("q_descale", "k_descale", "v_descale")
         named = {name: scale[None] for name, scale in zip(names, scales, strict=True)}
         return partial(torch.ops.fa3_fwd.fwd, *flat, **named, softmax_scale=softmax_scale)
     out = torch.empty(q.transpose(1, 2).shape, device=DEVICE, dtype=torch.bfloat16).transpose(1, 2)
-    if variant == "triton":  # which transposes v itself, a hundredth of its time
-        return partial(attention.launch, q, k, v, scales, softmax_scale, out)
-    tile = VARIANTS[variant]
+    tile = VARIANTS[variant, kind]
     return partial(attention_hopper.launch, q, k, transposed(v), scales, softmax_scale, out, tile)
 
 
