@@ -39,7 +39,7 @@ class FuseGelu:
             gelu = match.narrowed_from(x)
             if not match.is_op(gelu, aten.gelu.default):
                 continue
-            if not match.is_read_only_by(gelu, node):
+            if not match.leads_only_to(gelu, node):
                 draft.skip(gelu, "something else reads the GELU, too", gelu)
                 continue
             form = match.arg(gelu, 1, "approximate", "none")

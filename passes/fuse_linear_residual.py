@@ -24,6 +24,7 @@ from torch.fx import Node
 from wancompile.ir import match
 from wancompile.ir.edit import Draft
 from wancompile.ir.levels import Level
+from wancompile.passes.modulations import is_per_token
 from wancompile.passes.residuals import Residual, is_outermost, residual_of
 
 aten = torch.ops.aten
@@ -66,17 +67,8 @@ def _linear_in(residual: Residual) -> tuple[Node, Node, Node | None] | None:
 
 
 def _obstacle(linear: Node, total: Node, gate: Node | None) -> str:
-    if gate is not None and match.rank(gate) == 3 and not match.same(match.shape(gate)[1], 1):
+    if gate is not None and is_per_token(gate):
         return "its gate has a row per token"
-    if not _leads_only_to(linear, total):
+    if not match.leads_only_to(linear, total):
         return "something else reads its output"
     return ""
-
-
-def _leads_only_to(node: Node, last: Node) -> bool:
-    """Whether `last` is computed from `node` through values that nothing else reads."""
-    while (reader := match.sole_reader(node)) is not None:
-        if reader is last:
-            return True
-        node = reader
-    return False

@@ -48,9 +48,8 @@ class FuseNorm:
             norm = _norm_behind(node)
             if norm is None:
                 continue
-            reason = _obstacle(norm, node)
-            if reason:
-                draft.skip(node, reason, norm.node)
+            if not match.leads_only_to(norm.node, node):
+                draft.skip(node, "something else reads the normed values, too", norm.node)
                 continue
             _fuse(draft, node, norm)
         draft.sort()
@@ -107,15 +106,6 @@ def _is_normed(node: Any) -> bool:
 
 def _is_layer_norm(node: Any) -> bool:
     return match.is_tensor(node) and match.is_op(match.narrowed_from(node), aten.layer_norm.default)
-
-
-def _obstacle(norm: _Norm, node: Node) -> str:
-    value = norm.node
-    while (reader := match.sole_reader(value)) is not None:
-        if reader is node:
-            return ""
-        value = reader
-    return "something else reads the normed values, too"
 
 
 def _fuse(draft: Draft, node: Node, norm: _Norm) -> None:

@@ -32,7 +32,7 @@ class Split:
 
 def split(draft: Draft, node: Node | None, before: Node) -> Split:
     """Return a modulation in two terms if it is a slice of a sum with a stored table."""
-    if node is None or not _is_per_token(node):
+    if node is None or not is_per_token(node):
         return Split(node)
     found = _cut(node)
     if found is None:
@@ -50,7 +50,7 @@ def split(draft: Draft, node: Node | None, before: Node) -> Split:
 
 def common_rows(draft: Draft, splits: Sequence[Split], before: Node) -> Node | None:
     """Return the repeated rows of the one tensor that all per-token modulations are cut from."""
-    bases = {one.base for one in splits if one.value is not None and _is_per_token(one.value)}
+    bases = {one.base for one in splits if one.value is not None and is_per_token(one.value)}
     base = bases.pop() if len(bases) == 1 else None
     if base is None:
         return None
@@ -125,5 +125,6 @@ def _is_table(table: Node, whole: Node, dim: int) -> bool:
     return dim == match.rank(whole) - 2 and found == shape
 
 
-def _is_per_token(value: Node) -> bool:
+def is_per_token(value: Node) -> bool:
+    """Whether a modulation has a row for each token, not one for each video or for all."""
     return match.rank(value) == 3 and not match.same(match.shape(value)[1], 1)

@@ -85,7 +85,7 @@ class QuantizeAttention:
         scales = []
         for operand in operands:
             scale = scale_of(amax[operand].amax(-1), dtypes[operand]).to(device)
-            name = f"{attention.site}_{operand}_scale".replace("#", "_call_").replace(":", ".")
+            name = _stored_name(attention, f"{operand}_scale")
             scales.append(draft.store(name, scale, before=node))
         rounded = [
             draft.call(
@@ -116,6 +116,10 @@ class QuantizeAttention:
         return stats
 
 
+def _stored_name(attention: Attention, part: str) -> str:
+    return f"{attention.site}_{part}".replace("#", "_call_").replace(":", ".")
+
+
 def _gains_by_centring(keys: HeadStats) -> bool:
     """Whether the mean step of the heads shrinks by more than the operation may cost."""
     narrowed = keys.half_width.amax(-1).mean() / keys.amax.amax(-1).mean().clamp_min(1e-30)
@@ -125,9 +129,8 @@ def _gains_by_centring(keys: HeadStats) -> bool:
 def _centred(
     draft: Draft, attention: Attention, keys: Node, middle: torch.Tensor, before: Node
 ) -> Node:
-    name = f"{attention.site}_k_middle".replace("#", "_call_").replace(":", ".")
     value = middle[:, None].to(match.val(keys).device, torch.float32)
-    stored = draft.store(name, value, before=before)
+    stored = draft.store(_stored_name(attention, "k_middle"), value, before=before)
     return draft.call(aten.sub.Tensor, keys, stored, before=before, like=before)
 
 

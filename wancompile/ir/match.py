@@ -145,13 +145,11 @@ def narrowed_from(node: Node) -> Node:
     return node
 
 
-def is_read_only_by(node: Node, last: Node) -> bool:
-    """Whether all that reads `node` is `last`, directly or through casts read by nothing else."""
+def leads_only_to(node: Node, last: Node) -> bool:
+    """Whether `last` is computed from `node` through values that nothing else reads."""
     while (reader := sole_reader(node)) is not None:
         if reader is last:
             return True
-        if not is_op(reader, *CAST_OPS):
-            return False
         node = reader
     return False
 
