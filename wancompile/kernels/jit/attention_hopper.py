@@ -37,7 +37,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from wancompile.kernels.jit.lazy_softmax_hopper import no_weights, softmax
 from wancompile.kernels.jit.ring_hopper import (
     buffer,
     fill,
@@ -50,10 +49,11 @@ from wancompile.kernels.jit.softmax_hopper import (
     MAGIC_BITS,
     ROWS,
     mask,
+    online_softmax,
     operand,
-    product_layout,
     rescale,
     rounded,
+    thread_sums,
 )
 from wancompile.quant.numerics import INT8
 
@@ -69,15 +69,12 @@ class Tile:
         stages: blocks of keys and of values in shared memory, at least 2.
         polynomial: one of so many exponentials is a polynomial, for the unit of exponentials is as
             busy as tensor cores are; 2, 4, 8, or 0 for none.
-        lazy: the `BITS` of `lazy_softmax`, 6 to 8, for exponentials that do not wait for the row
-            maximum; 0 for those that do.
     """
 
     groups: int = 2
     keys: int = 128
     stages: int = 4
     polynomial: int = 0
-    lazy: int = 0
 
 
 _INT8_TILE = Tile(polynomial=8)
@@ -99,7 +96,7 @@ def _logits(q, keys, PRODUCT: gl.constexpr):
 @gluon.jit
 def _step(
     block, state, group, shared, factor, k_tokens,
-    LAST: gl.constexpr, EVERY: gl.constexpr, BITS: gl.constexpr,
+    LAST: gl.constexpr, EVERY: gl.constexpr,
 ):  # fmt: skip
     """Multiply the weights of `block` by v, and make those of the next one, which `LAST` masks."""
     words, peak, total, result = state
@@ -107,7 +104,7 @@ def _step(
     GROUPS: gl.constexpr = queries.shape[0]
     SIZE: gl.constexpr = keys[0].shape[1]
     OUT: gl.constexpr = result.type.layout
-    LOGITS: gl.constexpr = product_layout(SIZE)
+    LOGITS: gl.constexpr = peak.type.layout.parent
     weight = operand(words, OUT)
     mbarrier.wait(turns.index(group), (block + (group == 0)) & 1)
     logits = _logits(queries.index(group), buffer(keys, block + 1), LOGITS)
@@ -119,7 +116,7 @@ def _step(
     release(values, block - 1, block > 0)
     if LAST:
         logits = mask(logits, (block + 1) * SIZE, k_tokens)
-    peak, total, decay, exps = softmax(logits, peak, total, factor, EVERY, BITS)
+    peak, total, decay, exps = online_softmax(logits, peak, total, factor, EVERY)
     # Without these waits in between, ptxas would move the next one to before the softmax.
     wait(values, block + 1)
     if not LAST:
@@ -130,31 +127,32 @@ def _step(
 
 
 @gluon.jit
-def _attend(group, common, EVERY: gl.constexpr, BITS: gl.constexpr):
+def _attend(group, common, EVERY: gl.constexpr):
     """What one group of warps does."""
     shared, q_full, to, factor, v_scale, first, q_tokens, k_tokens = common
     queries, keys, values, _turns = shared
     SIZE: gl.constexpr = keys[0].shape[1]
     D: gl.constexpr = keys[0].shape[2]
-    LOGITS: gl.constexpr = product_layout(SIZE)
-    OUT: gl.constexpr = product_layout(D)
+    LOGITS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, SIZE, 32])
+    OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 32])
     last = (k_tokens + SIZE - 1) // SIZE - 1
     mbarrier.wait(q_full, 0)
     wait(keys, 0)
     logits = _logits(queries.index(group), buffer(keys, 0), LOGITS)
     logits = warpgroup_mma_wait(0, [logits]).to(gl.float32, bitcast=True)
     release(keys, 0)
-    peak, total = no_weights(SIZE, BITS)
+    peak = gl.full([ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, LOGITS))
+    total = thread_sums(gl.zeros([ROWS, SIZE], gl.float32, LOGITS))
     logits = mask(logits, 0, k_tokens)
-    peak, total, _decay, exps = softmax(logits, peak, total, factor, EVERY, BITS)
+    peak, total, _decay, exps = online_softmax(logits, peak, total, factor, EVERY)
     state = rounded(exps), peak, total, gl.zeros([ROWS, D], gl.float32, OUT)
     wait(values, 0)
     if last > 0:
         wait(keys, 1)
     for block in range(last - 1):
-        state = _step(block, state, group, shared, factor, k_tokens, False, EVERY, BITS)
+        state = _step(block, state, group, shared, factor, k_tokens, False, EVERY)
     if last > 0:
-        state = _step(last - 1, state, group, shared, factor, k_tokens, True, EVERY, BITS)
+        state = _step(last - 1, state, group, shared, factor, k_tokens, True, EVERY)
     words, peak, total, result = state
     v = buffer(values, last).permute((1, 0))
     result = warpgroup_mma(operand(words, OUT), v, result, is_async=True)
@@ -192,7 +190,7 @@ def _load(descriptors, rows, shared, q_full, k_tokens):
 @gluon.jit(do_not_specialize=["q_tokens", "k_tokens"])
 def _attention_hopper(
     q, k, v, out, q_scale, k_scale, v_scale, softmax_scale, heads, q_tokens, k_tokens, strides,
-    GROUPS: gl.constexpr, STAGES: gl.constexpr, EVERY: gl.constexpr, BITS: gl.constexpr,
+    GROUPS: gl.constexpr, STAGES: gl.constexpr, EVERY: gl.constexpr,
 ):  # fmt: skip
     """`64 * GROUPS` queries of one head; q, k and v are descriptors.
 
@@ -220,15 +218,15 @@ def _attention_hopper(
     common = shared, q_full, (out, strides[2]), factor, scale, first, q_tokens, k_tokens
     if GROUPS == 2:
         gl.warp_specialize([
-            (_attend, (0, common, EVERY, BITS)),
-            (_attend, (1, common, EVERY, BITS)),
+            (_attend, (0, common, EVERY)),
+            (_attend, (1, common, EVERY)),
             (_load, load),
         ], [4, 1], [240, 24])  # fmt: skip
     else:
         gl.warp_specialize([
-            (_attend, (0, common, EVERY, BITS)),
-            (_attend, (1, common, EVERY, BITS)),
-            (_attend, (2, common, EVERY, BITS)),
+            (_attend, (0, common, EVERY)),
+            (_attend, (1, common, EVERY)),
+            (_attend, (2, common, EVERY)),
             (_load, load),
         ], [4, 4, 1], [160, 160, 24])  # fmt: skip
 
@@ -276,6 +274,5 @@ def launch(
         GROUPS=tile.groups,
         STAGES=tile.stages,
         EVERY=tile.polynomial,
-        BITS=tile.lazy,
         num_warps=4,
     )

@@ -26,18 +26,17 @@ _CUBIC = (0.9999280571937561, 0.6932609677314758, 0.2426111251115799, 0.05517166
 """2**r for |r| <= 1/2 with the least relative error (Remez), 7.5e-5; e4m3 rounds by up to 6e-2."""
 
 
-def float_bits(value: float) -> str:
-    """`value` in fp32, as assembly spells it."""
+def _hex(value: float) -> str:
     return f"0f{struct.unpack('I', struct.pack('f', value))[0]:08X}"
 
 
 def _polynomial_asm(to: str, x: str) -> str:
     """2**x = 2**n * 2**r, n rounded by adding `MAGIC`, then added to the exponent of 2**r."""
-    c = [float_bits(value) for value in _CUBIC]
+    c = [_hex(value) for value in _CUBIC]
     return f"""{{ .reg .f32 x, n, r, y; .reg .b32 bits, power;
-        max.f32 x, {x}, {float_bits(-126.0)};
-        add.rn.f32 n, x, {float_bits(MAGIC)};
-        sub.rn.f32 r, n, {float_bits(MAGIC)};
+        max.f32 x, {x}, {_hex(-126.0)};
+        add.rn.f32 n, x, {_hex(MAGIC)};
+        sub.rn.f32 r, n, {_hex(MAGIC)};
         sub.rn.f32 r, x, r;
         fma.rn.f32 y, r, {c[3]}, {c[2]};
         fma.rn.f32 y, y, r, {c[1]};
@@ -61,8 +60,8 @@ def _rescale_asm(count: int) -> str:
     values = range(count)
     return "\n".join([
         "{ .reg .pred same, skip;",
-        f"setp.eq.f32 same, ${2 * count}, {float_bits(1.0)};",
-        f"setp.eq.and.f32 same, ${2 * count + 2}, {float_bits(1.0)}, same;",
+        f"setp.eq.f32 same, ${2 * count}, {_hex(1.0)};",
+        f"setp.eq.and.f32 same, ${2 * count + 2}, {_hex(1.0)}, same;",
         "vote.sync.all.pred skip, same, 0xffffffff;",
         *(f"mov.f32 ${i}, ${count + i};" for i in values),
         "@skip bra.uni done;",
@@ -71,63 +70,42 @@ def _rescale_asm(count: int) -> str:
     ])  # fmt: skip
 
 
-def operands(results: int, arguments: int) -> str:
-    """The constraints of inline assembly on so many floats."""
+def _operands(results: int, arguments: int) -> str:
     return ",".join(["=f"] * results + ["f"] * arguments)
 
 
 _EXP2 = gl.constexpr({n: _exp2_asm(n) for n in (2, 4, 8)})
-_EXP2_OPERANDS = gl.constexpr({n: operands(n, n) for n in (2, 4, 8)})
+_EXP2_OPERANDS = gl.constexpr({n: _operands(n, n) for n in (2, 4, 8)})
 _RESCALE = gl.constexpr({d: _rescale_asm(d // 2) for d in (64, 128)})
-_RESCALE_OPERANDS = gl.constexpr({d: operands(d // 2, d) for d in (64, 128)})
+_RESCALE_OPERANDS = gl.constexpr({d: _operands(d // 2, d) for d in (64, 128)})
 _ROUND = gl.constexpr("""{ .reg .b16 low, high;
     cvt.rn.satfinite.e4m3x2.f32 low, $2, $1;
     cvt.rn.satfinite.e4m3x2.f32 high, $4, $3;
     mov.b32 $0, {low, high}; }""")
 
 
-@gluon.constexpr_function
-def product_layout(n: int) -> gl.NVMMADistributedLayout:
-    """How a product `[64, n]` lies in the registers of four warps."""
-    return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, n, 32])
-
-
 @gluon.jit
-def power_of_two(x, EVERY: gl.constexpr):
+def _exp2(x, EVERY: gl.constexpr):
     """2**x, of every `EVERY` values one by polynomial; by none if `EVERY` is 0."""
     if EVERY == 0:
         result = gl.exp2(x)
     else:
         asm: gl.constexpr = _EXP2[EVERY]
-        constraints: gl.constexpr = _EXP2_OPERANDS[EVERY]
-        result = gl.inline_asm_elementwise(asm, constraints, [x], gl.float32, True, EVERY)
+        operands: gl.constexpr = _EXP2_OPERANDS[EVERY]
+        result = gl.inline_asm_elementwise(asm, operands, [x], gl.float32, True, EVERY)
     return result
 
 
 @gluon.jit
 def rescale(result, decay):
-    """`result [64, D]` times `decay`, `[64]` or `[64, 4]`; warps whose factors are all 1 jump."""
+    """`result [64, D]` times `decay [64]`; warps whose factors are all 1 jump."""
     layout: gl.constexpr = result.type.layout
     D: gl.constexpr = result.shape[1]
-    if len(decay.shape) == 1:
-        decay = gl.convert_layout(decay, gl.SliceLayout(1, layout), assert_trivial=True)[:, None]
-    else:
-        decay = spread(decay, result)
+    decay = gl.convert_layout(decay, gl.SliceLayout(1, layout), assert_trivial=True)[:, None]
     asm: gl.constexpr = _RESCALE[D]
-    constraints: gl.constexpr = _RESCALE_OPERANDS[D]
+    operands: gl.constexpr = _RESCALE_OPERANDS[D]
     values = [result, decay]
-    return gl.inline_asm_elementwise(asm, constraints, values, gl.float32, True, D // 2)
-
-
-@gluon.jit
-def spread(rows, like):
-    """`rows [64, 4]`, as of `thread_sums`, at all columns of `like [64, n]` of the same thread."""
-    n: gl.constexpr = like.shape[1]
-    columns = like.reshape([ROWS, n // 8, 4, 2])
-    layout: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(3, columns.type.layout))
-    rows = gl.convert_layout(rows, layout, assert_trivial=True)
-    wide, _ = gl.broadcast(rows.expand_dims(1).expand_dims(3), columns)
-    return gl.convert_layout(wide.reshape([ROWS, n]), like.type.layout, assert_trivial=True)
+    return gl.inline_asm_elementwise(asm, operands, values, gl.float32, True, D // 2)
 
 
 @gluon.jit
@@ -166,13 +144,6 @@ def thread_sums(weight):
 
 
 @gluon.jit
-def thread_maxima(logits):
-    """The maxima `[64, 4]` of what each of the four threads of a row holds of `logits [64, n]`."""
-    n: gl.constexpr = logits.shape[1]
-    return gl.max(gl.max(logits.reshape([ROWS, n // 8, 4, 2]), 3), 1)
-
-
-@gluon.jit
 def mask(logits, first, k_tokens):
     """-inf in place of logits whose key, counted from `first`, is `k_tokens` or more."""
     layout: gl.constexpr = logits.type.layout
@@ -189,7 +160,7 @@ def online_softmax(logits, peak, total, factor, EVERY: gl.constexpr):
         peak: `[64]`, the row maximum so far, -inf at first.
         total: the sums of weights so far, as of `thread_sums`.
         factor: of the logits, log2(e) included, > 0.
-        EVERY: as of `power_of_two`.
+        EVERY: as of `_exp2`.
 
     Returns:
         The new `peak` and `total`, what results so far are to be multiplied by, and the weights,
@@ -198,7 +169,7 @@ def online_softmax(logits, peak, total, factor, EVERY: gl.constexpr):
     higher = gl.maximum(peak, gl.max(logits, 1))
     decay = gl.exp2((peak - higher) * factor)
     shift = higher * factor - _P_BITS
-    weight = power_of_two(logits * factor - shift[:, None], EVERY)
+    weight = _exp2(logits * factor - shift[:, None], EVERY)
     rows: gl.constexpr = gl.SliceLayout(1, total.type.layout)
     old = total * gl.convert_layout(decay, rows, assert_trivial=True)[:, None]
     return higher, old + thread_sums(weight), decay, weight
