@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help check format test test-gpu bench bench-gpu
+.PHONY: help check format test test-gpu sanitize bench bench-gpu
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -18,6 +18,9 @@ test:  ## all tests; those that need a GPU skip themselves
 
 test-gpu:  ## the tests of the kernels, on a CUDA device
 	pytest tests/gpu
+
+sanitize:  ## every kernel under compute-sanitizer, on a CUDA device
+	PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 9 python tests/gpu/sanitize.py
 
 bench:  ## the figures of the README, as JSON
 	python -m benchmarks.planning
