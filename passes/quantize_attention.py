@@ -61,11 +61,15 @@ class QuantizeAttention:
         groups = {group.key: group for group in draft.groups}
         for attention in draft.attentions:
             node = nodes[attention.site]
-            reason = _obstacle(attention, node)
+            reason = _obstacle(attention, node) or self._exception(attention)
             if reason:
                 draft.skip(attention.site, reason, node)
                 continue
             self._rewrite(draft, attention, node, groups)
+
+    def _exception(self, attention: Attention) -> str:
+        stays = self.recipe.attention_for(attention.site) is None
+        return "the recipe leaves it in floating point" if stays else ""
 
     def _rewrite(
         self, draft: Draft, attention: Attention, node: Node, groups: Mapping[Site, Group]

@@ -208,6 +208,14 @@ def test_cross_attention_stays():
     assert skips(program) == ["cross-attention stays in floating point"]
 
 
+def test_an_attention_that_the_recipe_excepts_stays():
+    program = normal(attend, **WEIGHTS)
+    recipe = attention_only().with_float_attention(["atten*"])
+    program = pipeline.run(program, [QuantizeAttention(recipe, calibrated(program))])
+    assert "scaled_attention" not in counts(program)
+    assert skips(program) == ["the recipe leaves it in floating point"]
+
+
 def test_a_recipe_without_attention_changes_nothing():
     program = normal(attend, **WEIGHTS)
     after = pipeline.run(program, [QuantizeAttention(plain("int8"))])

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from wancompile.errors import RecipeError
-from wancompile.ir.site import Group, Role, Site, Source
+from wancompile.ir.site import Attention, Group, Role, Site, Source
 from wancompile.recipe import RECIPES, QSpec, Recipe, Rule, resolve
 
 
@@ -42,6 +42,7 @@ def test_json_is_for_people_too():
         "linears": {"dtype": "int8", "smooth": True},
         "rules": [{"pattern": "ffn_*", "spec": None}],
         "attention": None,
+        "float_attention": [],
     }
 
 
@@ -65,6 +66,8 @@ GOOD = json.loads(RECIPES["fp8"].to_json())
         {**GOOD, "rules": "ffn_*"},
         {**GOOD, "attention": "fp16"},
         {**GOOD, "attention": ["int8"]},
+        {**GOOD, "float_attention": "blocks.0.*"},
+        {**GOOD, "float_attention": [1]},
         {**GOOD, "unknown": 1},
     ],
     ids=str,
@@ -116,6 +119,19 @@ def test_a_rule_without_a_match_names_the_nearest():
 
 def test_rules_that_match_pass():
     RECIPES["int8"].with_rules([Rule("ffn_*", None), Rule("*.to_q", QSpec("fp8"))]).check([UP, QKV])
+
+
+def test_attention_has_exceptions():
+    recipe = RECIPES["int8-attention"].with_float_attention(["blocks.0.*", "*.last:attention"])
+    kept = [Site(f"blocks.{at}:attention") for at in ("0.attn1", "3.last")]
+    other = Site("blocks.3.attn1:attention")
+    assert [recipe.attention_for(site) for site in (*kept, other)] == [None, None, "int8"]
+    assert RECIPES["int8"].attention_for(other) is None
+    assert Recipe.from_json(recipe.to_json()) == recipe
+    attentions = [Attention(site, site, site, site, True) for site in (kept[0], other)]
+    with pytest.raises(RecipeError, match=r"last:attention. matches no attention; nearest"):
+        recipe.check([QKV], attentions)
+    recipe.check([QKV], [*attentions, Attention(kept[1], other, other, other, True)])
 
 
 def test_a_recipe_is_found_by_name():

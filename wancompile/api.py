@@ -103,7 +103,7 @@ def compile(
     program, probe, stats = _prepare(
         model, calib_data, stats, example_inputs, progress=progress, dump=dump
     )
-    chosen.check(program.groups)
+    chosen.check(program.groups, program.attentions)
     bytes_before = program.nbytes
     smoothed = pipeline.run(
         program, passes.smoothing(chosen, stats), probe=pipeline.Probe(probe), dump=dump

@@ -199,7 +199,7 @@ def climb(
         found[Level.OBSERVED] = pipeline.run(found[Level.NORMAL], (Observe(),))
     if to >= Level.QUANTIZED:
         chosen, stats = resolve(recipe), _observe(found[Level.NORMAL], calibration)
-        chosen.check(found[Level.NORMAL].groups)
+        chosen.check(found[Level.NORMAL].groups, found[Level.NORMAL].attentions)
         steps = (*passes.smoothing(chosen, stats), *passes.quantization(chosen, stats))
         found[Level.QUANTIZED] = pipeline.run(found[Level.NORMAL], steps, probe=probe, dump=dump)
     if to >= Level.FUSED:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
 
 from wancompile.errors import RecipeError
-from wancompile.ir.site import Group
+from wancompile.ir.site import Attention, Group, Site
 
 DTYPES: dict[str, torch.dtype] = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 
@@ -64,17 +64,22 @@ class Recipe:
     """A whole recipe.
 
     `linears` holds for every group; later `rules` override earlier ones and the default.
-    `attention` is the type of self-attention's q and k: None keeps it in floating point.
+    `attention` is the type of self-attention's q and k: None keeps it in floating point, and so
+    does a glob of `float_attention` that matches the site of one (`blocks.3.attn1:attention`).
     """
 
     name: str
     linears: QSpec | None
     rules: tuple[Rule, ...] = ()
     attention: str | None = None
+    float_attention: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.attention is not None and self.attention not in DTYPES:
             raise RecipeError(f"unknown attention type {self.attention!r}")
+        stays = self.float_attention
+        if not isinstance(stays, tuple) or not all(isinstance(one, str) for one in stays):
+            raise RecipeError(f"float_attention is a tuple of patterns, not {stays!r}")
 
     def spec_for(self, group: Group) -> QSpec | None:
         """Return how `group` is quantized, or None."""
@@ -84,8 +89,13 @@ class Recipe:
                 spec = rule.spec
         return spec
 
-    def check(self, groups: Sequence[Group]) -> None:
-        """Raise `RecipeError`, with the nearest misses, if a rule matches no group."""
+    def attention_for(self, site: Site) -> str | None:
+        """Return the type of the self-attention at `site`, None for floating point."""
+        stays = any(fnmatchcase(str(site), pattern) for pattern in self.float_attention)
+        return None if stays else self.attention
+
+    def check(self, groups: Sequence[Group], attentions: Sequence[Attention] = ()) -> None:
+        """Raise `RecipeError`, with the nearest misses, if a rule or a glob matches nothing."""
         names = sorted({name for group in groups for name in (str(group.role), *group.members)})
         for rule in self.rules:
             if not any(rule.matches(group) for group in groups):
@@ -93,10 +103,21 @@ class Recipe:
                     f"the rule {rule.pattern!r} matches no group; "
                     f"nearest are {', '.join(_nearest(rule.pattern, names))}"
                 )
+        sites = [str(one.site) for one in attentions]
+        for pattern in self.float_attention:
+            if not any(fnmatchcase(site, pattern) for site in sites):
+                raise RecipeError(
+                    f"float_attention's {pattern!r} matches no attention; "
+                    f"nearest are {', '.join(_nearest(pattern, sites))}"
+                )
 
     def with_rules(self, rules: Iterable[Rule]) -> Recipe:
         """Return this recipe with more rules at its end."""
-        return Recipe(self.name, self.linears, (*self.rules, *rules), self.attention)
+        return replace(self, rules=(*self.rules, *rules))
+
+    def with_float_attention(self, patterns: Iterable[str]) -> Recipe:
+        """Return this recipe with more attentions left in floating point."""
+        return replace(self, float_attention=(*self.float_attention, *patterns))
 
     def to_json(self) -> str:
         """Return the recipe as JSON."""
@@ -108,6 +129,8 @@ class Recipe:
         try:
             data: dict[str, Any] = json.loads(text)
             rules = tuple(_rule(one) for one in data["rules"])
+            stays = data.get("float_attention", [])
+            data["float_attention"] = tuple(stays) if isinstance(stays, list) else stays
             return cls(**{**data, "linears": _spec(data["linears"]), "rules": rules})
         except (ValueError, KeyError, TypeError) as error:
             raise RecipeError(f"this is no recipe: {error}") from error

@@ -61,7 +61,7 @@ class Frozen:
         probe = None if has_numbers else pipeline.Probe(call)
         with torch.no_grad():
             program = pipeline.run(self._captured.program(args), passes.NORMALIZE, probe=probe)
-            choice.recipe.check(program.groups)
+            choice.recipe.check(program.groups, program.attentions)
             before = program.nbytes
             program = pipeline.run(
                 program, passes.smoothing(choice.recipe, choice.stats), probe=probe
