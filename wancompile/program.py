@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -14,6 +14,10 @@ from wancompile.ir import edit, match, text
 from wancompile.ir.levels import Level, verify
 from wancompile.ir.site import Attention, Group, Site, Ungrouped
 from wancompile.signature import Signature
+
+# The node, its positional operands and its result. GraphModule keeps its own copy of the graph, so
+# the node is one of that copy: sites and module paths travel in its meta.
+Watch = Callable[[Node, tuple[Any, ...], Any], None]
 
 
 @dataclass(frozen=True)
@@ -124,12 +128,27 @@ class Program:
             pass_name=pass_name,
         )
 
+    def watched(self, watch: Watch, *args: Any, **kwargs: Any) -> Any:
+        """Run the program as a call does, and show `watch` every op, its operands and its result.
+
+        Values are let go after their last reader, as in any run: what `watch` wants it must keep.
+        """
+        with torch.no_grad():
+            leaves = _Watched(self.module, watch).run(*self.signature.bind(args, kwargs))
+            return self.signature.unflatten(leaves)
+
     def values(self, sites: Iterable[Site], *args: Any, **kwargs: Any) -> dict[Site, torch.Tensor]:
         """Run the program and return the outputs of the calls at `sites`."""
-        recorder = _Recorder(self.module, frozenset(sites))
-        with torch.no_grad():
-            recorder.run(*self.signature.bind(args, kwargs))
-        return recorder.values
+        wanted, found = frozenset(sites), {}
+
+        def keep(node: Node, operands: tuple[Any, ...], result: Any) -> None:
+            del operands
+            site = match.site(node)
+            if site is not None and site in wanted:
+                found[site] = result
+
+        self.watched(keep, *args, **kwargs)
+        return found
 
     def print(self, names: str = "fx") -> str:
         """Return the graph as text, one line a node."""
@@ -141,20 +160,18 @@ class Program:
         return sum(tensor.numel() * tensor.element_size() for tensor in self.state.values())
 
 
-class _Recorder(Interpreter):
-    """Runs a graph node by node and keeps the outputs of some."""
+class _Watched(Interpreter):
+    """Runs a graph node by node and shows every call."""
 
-    def __init__(self, module: GraphModule, wanted: frozenset[Site]) -> None:
+    def __init__(self, module: GraphModule, watch: Watch) -> None:
         super().__init__(module)
-        self._wanted = wanted
-        self.values: dict[Site, torch.Tensor] = {}
+        self._watch = watch
 
     def run_node(self, n: Node) -> Any:
         result = super().run_node(n)
-        # GraphModule keeps its own copy of the graph; sites travel in meta.
-        found = match.site(n)
-        if found is not None and found in self._wanted:
-            self.values[found] = result
+        if n.op == "call_function":
+            operands, _ = self.fetch_args_kwargs_from_env(n)
+            self._watch(n, operands, result)
         return result
 
 
