@@ -31,14 +31,12 @@ from wancompile.ir import match
 from wancompile.ir.edit import Draft
 from wancompile.ir.levels import Level
 from wancompile.ir.site import Attention, Fold, Group, Site
-from wancompile.quant.numerics import FP8, scale_of
+from wancompile.quant.head_scales import HeadScales
 from wancompile.quant.stats import HeadStats, Stats
 from wancompile.recipe import DTYPES, Recipe
 
 aten = torch.ops.aten
 ops = torch.ops.wancompile
-
-_LEAST_GAIN = 0.05
 
 
 @dataclass(frozen=True)
@@ -55,90 +53,84 @@ class QuantizeAttention:
 
     def apply(self, draft: Draft) -> None:
         """Visit every attention; say why one stays in floating point."""
-        if self.recipe.attention is None:
+        if not self.recipe.rounds_attention:
             return
         nodes = match.by_site(draft.graph)
         groups = {group.key: group for group in draft.groups}
         for attention in draft.attentions:
-            node = nodes[attention.site]
-            reason = _obstacle(attention, node) or self._exception(attention)
-            if reason:
+            node, dtype = nodes[attention.site], self.recipe.attention_for(attention.site)
+            reason = obstacle(attention, node)
+            if reason or dtype is None:
+                reason = reason or "the recipe leaves it in floating point"
                 draft.skip(attention.site, reason, node)
                 continue
-            self._rewrite(draft, attention, node, groups)
-
-    def _exception(self, attention: Attention) -> str:
-        stays = self.recipe.attention_for(attention.site) is None
-        return "the recipe leaves it in floating point" if stays else ""
+            inverse = value_inverse(draft.state, attention, groups)
+            self._rewrite(draft, attention, node, inverse, dtype)
 
     def _rewrite(
-        self, draft: Draft, attention: Attention, node: Node, groups: Mapping[Site, Group]
+        self,
+        draft: Draft,
+        attention: Attention,
+        node: Node,
+        v_inverse: torch.Tensor | None,
+        dtype: str,
     ) -> None:
+        found = HeadScales.of(stats_of(self.stats, attention, node), v_inverse, DTYPES[dtype])
         operands = dict(zip("qkv", match.args(node)[:3], strict=True))
-        stats = {name: self._stats(attention, name, value) for name, value in operands.items()}
-        amax = {name: one.amax for name, one in stats.items()}
-        if _gains_by_centring(stats["k"]):
-            amax["k"] = stats["k"].half_width
-            operands["k"] = _centred(draft, attention, operands["k"], stats["k"].middle, node)
-        inverse = _value_inverse(draft, attention, groups)
-        if inverse is not None:
-            amax["v"] = amax["v"] * inverse.to(amax["v"].device).reshape(amax["v"].shape)
-        qk = DTYPES[str(self.recipe.attention)]
-        dtypes = {"q": qk, "k": qk, "v": FP8}
+        if found.middle is not None:
+            operands["k"] = _centred(draft, attention, operands["k"], found.middle, node)
         device = match.val(node).device
-        scales = []
-        for operand in operands:
-            scale = scale_of(amax[operand].amax(-1), dtypes[operand]).to(device)
-            name = _stored_name(attention, f"{operand}_scale")
-            scales.append(draft.store(name, scale, before=node))
+        scales = [
+            draft.store(_stored_name(attention, f"{operand}_scale"), one.to(device), before=node)
+            for operand, one in zip("qkv", (found.q, found.k, found.v), strict=True)
+        ]
+        to_8_bits = ops.quantize_per_head.default
         rounded = [
-            draft.call(
-                ops.quantize_per_head.default, operands[one], scale, qk, before=node, like=node
-            )
+            draft.call(to_8_bits, operands[one], scale, DTYPES[dtype], before=node, like=node)
             for one, scale in zip("qk", scales, strict=False)
         ]
-        draft.did(attention.site, f"q, k in {self.recipe.attention}, v in fp8")
+        draft.did(attention.site, f"q, k in {dtype}, v in fp8")
         draft.replace_call(
             node,
             ops.scaled_attention.default,
             *rounded,
             operands["v"],
             *scales,
-            _softmax_scale(node),
+            softmax_scale(node),
             match.val(node).dtype,
         )
 
-    def _stats(self, attention: Attention, operand: str, value: Node) -> HeadStats:
-        stats = self.stats.heads.get((attention.site, operand)) if self.stats else None
+
+def stats_of(stats: Stats | None, attention: Attention, node: Node) -> dict[str, HeadStats]:
+    """Return the statistics of q, k and v; raise `CalibrationError` where there are none."""
+    found = {}
+    for operand, value in zip("qkv", match.args(node)[:3], strict=True):
+        one = stats.heads.get((attention.site, operand)) if stats else None
         heads = (match.shape(value)[1], match.shape(value)[3])
-        if stats is None or stats.low.shape[1:] != heads:
+        if one is None or one.low.shape[1:] != heads:
             raise CalibrationError(
                 "8-bit attention needs calibrated scales, and there are none for this site",
                 site=str(attention.site),
                 source=match.source_line(value),
             )
-        return stats
+        found[operand] = one
+    return found
 
 
 def _stored_name(attention: Attention, part: str) -> str:
     return f"{attention.site}_{part}".replace("#", "_call_").replace(":", ".")
 
 
-def _gains_by_centring(keys: HeadStats) -> bool:
-    """Whether the mean step of the heads shrinks by more than the operation may cost."""
-    narrowed = keys.half_width.amax(-1).mean() / keys.amax.amax(-1).mean().clamp_min(1e-30)
-    return bool(narrowed < 1 - _LEAST_GAIN)
-
-
 def _centred(
     draft: Draft, attention: Attention, keys: Node, middle: torch.Tensor, before: Node
 ) -> Node:
-    value = middle[:, None].to(match.val(keys).device, torch.float32)
+    value = middle.to(match.val(keys).device)
     stored = draft.store(_stored_name(attention, "k_middle"), value, before=before)
     return draft.call(aten.sub.Tensor, keys, stored, before=before, like=before)
 
 
-def _obstacle(attention: Attention, node: Node) -> str:
+def obstacle(attention: Attention, node: Node) -> str:
+    """Return why this attention cannot be in 8 bits; empty where it can."""
     if not attention.is_self:
         return "cross-attention stays in floating point"
     if match.rank(node) != 4:
@@ -168,8 +160,8 @@ def _alike(q: Node, k: Node, v: Node) -> bool:
     )
 
 
-def _value_inverse(
-    draft: Draft, attention: Attention, groups: Mapping[Site, Group]
+def value_inverse(
+    state: Mapping[str, torch.Tensor], attention: Attention, groups: Mapping[Site, Group]
 ) -> torch.Tensor | None:
     """Return the 1/s `[H * D]` by which smoothing has scaled v since it was observed, if any."""
     group = groups.get(attention.out) if attention.out is not None else None
@@ -177,9 +169,10 @@ def _value_inverse(
         return None
     if group.smoothing is None or not group.smoothing.applied:
         return None
-    return draft.state[group.smoothing.inverse]
+    return state[group.smoothing.inverse]
 
 
-def _softmax_scale(node: Node) -> float:
+def softmax_scale(node: Node) -> float:
+    """Return the factor of the logits."""
     given: Any = node.kwargs.get("scale")
     return float(given) if given is not None else float(match.shape(node)[-1]) ** -0.5

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from wancompile.errors import RecipeError
 from wancompile.ir.site import Attention, Group, Role, Site, Source
-from wancompile.recipe import RECIPES, QSpec, Recipe, Rule, resolve
+from wancompile.recipe import RECIPES, AttentionRule, QSpec, Recipe, Rule, resolve
 
 
 def group(role: Role, *members: str) -> Group:
@@ -21,12 +21,14 @@ AGAIN = group(Role.FFN_UP, "blocks.0.ffn.net.0.proj#1")
 
 specs = st.builds(QSpec, st.sampled_from(["int8", "fp8"]), st.booleans())
 rules = st.builds(Rule, st.text(), st.none() | specs)
+types = st.sampled_from([None, "int8", "fp8"])
 recipes = st.builds(
     Recipe,
     st.text(),
     st.none() | specs,
     st.lists(rules, max_size=4).map(tuple),
-    st.sampled_from([None, "int8", "fp8"]),
+    types,
+    st.lists(st.builds(AttentionRule, st.text(), types), max_size=3).map(tuple),
 )
 
 
@@ -42,7 +44,7 @@ def test_json_is_for_people_too():
         "linears": {"dtype": "int8", "smooth": True},
         "rules": [{"pattern": "ffn_*", "spec": None}],
         "attention": None,
-        "float_attention": [],
+        "attention_rules": [],
     }
 
 
@@ -66,8 +68,11 @@ GOOD = json.loads(RECIPES["fp8"].to_json())
         {**GOOD, "rules": "ffn_*"},
         {**GOOD, "attention": "fp16"},
         {**GOOD, "attention": ["int8"]},
-        {**GOOD, "float_attention": "blocks.0.*"},
-        {**GOOD, "float_attention": [1]},
+        {**GOOD, "attention_rules": "blocks.0.*"},
+        {**GOOD, "attention_rules": [1]},
+        {**GOOD, "attention_rules": [{"pattern": "*"}]},
+        {**GOOD, "attention_rules": [{"pattern": 1, "dtype": None}]},
+        {**GOOD, "attention_rules": [{"pattern": "*", "dtype": "bf16"}]},
         {**GOOD, "unknown": 1},
     ],
     ids=str,
@@ -127,11 +132,22 @@ def test_attention_has_exceptions():
     other = Site("blocks.3.attn1:attention")
     assert [recipe.attention_for(site) for site in (*kept, other)] == [None, None, "int8"]
     assert RECIPES["int8"].attention_for(other) is None
+    assert recipe.rounds_attention
+    assert not RECIPES["int8"].rounds_attention
     assert Recipe.from_json(recipe.to_json()) == recipe
     attentions = [Attention(site, site, site, site, True) for site in (kept[0], other)]
     with pytest.raises(RecipeError, match=r"last:attention. matches no attention; nearest"):
         recipe.check([QKV], attentions)
     recipe.check([QKV], [*attentions, Attention(kept[1], other, other, other, True)])
+
+
+def test_attentions_may_differ_in_type():
+    rules = (AttentionRule("blocks.0.*", "fp8"), AttentionRule("*.0.last:*", "int8"))
+    recipe = Recipe("mine", None, attention_rules=rules)
+    sites = [Site(f"blocks.{at}:attention") for at in ("0.attn1", "0.last", "1.attn1")]
+    assert [recipe.attention_for(site) for site in sites] == ["fp8", "int8", None]
+    assert recipe.rounds_attention
+    assert not Recipe("mine", None).with_float_attention(["*"]).rounds_attention
 
 
 def test_a_recipe_is_found_by_name():

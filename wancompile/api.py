@@ -95,7 +95,7 @@ def compile(
         WancompileError: with the site, the source line, the pass and the reason; see `errors`.
     """
     chosen = resolve(recipe)
-    if chosen.attention is not None and stats is None and calib_data is None:
+    if chosen.rounds_attention and stats is None and calib_data is None:
         raise CalibrationError(
             "8-bit attention needs calibration data or statistics for its static scales"
         )

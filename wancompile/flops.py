@@ -116,7 +116,7 @@ class _Parts:
 
     def __init__(self, program: Program, recipe: Recipe) -> None:
         self._flow = Dataflow(program.graph)
-        self._attention = recipe.attention is not None
+        self._recipe = recipe
         self._kinds = {
             one.site: SELF_ATTENTION if one.is_self else CROSS_ATTENTION
             for one in program.attentions
@@ -131,7 +131,8 @@ class _Parts:
         site = match.site(node)
         if match.is_attention(node):
             kind = OTHER_ATTENTION if site is None else self._kinds.get(site, OTHER_ATTENTION)
-            return kind, kind == SELF_ATTENTION and self._attention
+            in_8_bits = site is not None and self._recipe.attention_for(site) is not None
+            return kind, kind == SELF_ATTENTION and in_8_bits
         if match.is_op(node, *_CONVOLUTIONS):
             return CONVOLUTION, False
         if not match.is_linear(node):

@@ -158,7 +158,7 @@ def plan_program(program: Program, recipe: Recipe) -> Plan:
     """
     if program.level is not Level.NORMAL:
         raise LevelError(f"a plan needs level NORMAL, the program is at {program.level.name}")
-    recipe.check(program.groups)
+    recipe.check(program.groups, program.attentions)
     nodes = match.by_site(program.graph)
     return Plan(
         recipe=recipe,

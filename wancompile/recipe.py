@@ -60,26 +60,42 @@ class Rule:
 
 
 @dataclass(frozen=True)
+class AttentionRule:
+    """An exception: self-attentions whose site matches the glob `pattern` have q and k in `dtype`.
+
+    A site is such as `blocks.3.attn1:attention`. `dtype=None` leaves them in floating point.
+    """
+
+    pattern: str
+    dtype: str | None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.pattern, str):
+            raise RecipeError(f"the pattern of an attention rule is text, not {self.pattern!r}")
+        _check_attention(self.dtype)
+
+    def matches(self, site: Site) -> bool:
+        """Whether the rule speaks of the attention at `site`."""
+        return fnmatchcase(str(site), self.pattern)
+
+
+@dataclass(frozen=True)
 class Recipe:
     """A whole recipe.
 
     `linears` holds for every group; later `rules` override earlier ones and the default.
-    `attention` is the type of self-attention's q and k: None keeps it in floating point, and so
-    does a glob of `float_attention` that matches the site of one (`blocks.3.attn1:attention`).
+    `attention` is the type of self-attention's q and k, None for floating point, and
+    `attention_rules` override it in the same way.
     """
 
     name: str
     linears: QSpec | None
     rules: tuple[Rule, ...] = ()
     attention: str | None = None
-    float_attention: tuple[str, ...] = ()
+    attention_rules: tuple[AttentionRule, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.attention is not None and self.attention not in DTYPES:
-            raise RecipeError(f"unknown attention type {self.attention!r}")
-        stays = self.float_attention
-        if not isinstance(stays, tuple) or not all(isinstance(one, str) for one in stays):
-            raise RecipeError(f"float_attention is a tuple of patterns, not {stays!r}")
+        _check_attention(self.attention)
 
     def spec_for(self, group: Group) -> QSpec | None:
         """Return how `group` is quantized, or None."""
@@ -91,11 +107,19 @@ class Recipe:
 
     def attention_for(self, site: Site) -> str | None:
         """Return the type of the self-attention at `site`, None for floating point."""
-        stays = any(fnmatchcase(str(site), pattern) for pattern in self.float_attention)
-        return None if stays else self.attention
+        dtype = self.attention
+        for rule in self.attention_rules:
+            if rule.matches(site):
+                dtype = rule.dtype
+        return dtype
+
+    @property
+    def rounds_attention(self) -> bool:
+        """Whether any self-attention may be in 8 bits, for which there must be calibration."""
+        return any((self.attention, *(rule.dtype for rule in self.attention_rules)))
 
     def check(self, groups: Sequence[Group], attentions: Sequence[Attention] = ()) -> None:
-        """Raise `RecipeError`, with the nearest misses, if a rule or a glob matches nothing."""
+        """Raise `RecipeError`, with the nearest misses, if a rule matches nothing."""
         names = sorted({name for group in groups for name in (str(group.role), *group.members)})
         for rule in self.rules:
             if not any(rule.matches(group) for group in groups):
@@ -103,12 +127,13 @@ class Recipe:
                     f"the rule {rule.pattern!r} matches no group; "
                     f"nearest are {', '.join(_nearest(rule.pattern, names))}"
                 )
-        sites = [str(one.site) for one in attentions]
-        for pattern in self.float_attention:
-            if not any(fnmatchcase(site, pattern) for site in sites):
+        sites = [one.site for one in attentions]
+        for rule in self.attention_rules:
+            if not any(map(rule.matches, sites)):
+                nearest = _nearest(rule.pattern, [str(site) for site in sites])
                 raise RecipeError(
-                    f"float_attention's {pattern!r} matches no attention; "
-                    f"nearest are {', '.join(_nearest(pattern, sites))}"
+                    f"the rule {rule.pattern!r} matches no attention; "
+                    f"nearest are {', '.join(nearest)}"
                 )
 
     def with_rules(self, rules: Iterable[Rule]) -> Recipe:
@@ -117,7 +142,8 @@ class Recipe:
 
     def with_float_attention(self, patterns: Iterable[str]) -> Recipe:
         """Return this recipe with more attentions left in floating point."""
-        return replace(self, float_attention=(*self.float_attention, *patterns))
+        rules = (AttentionRule(pattern, None) for pattern in patterns)
+        return replace(self, attention_rules=(*self.attention_rules, *rules))
 
     def to_json(self) -> str:
         """Return the recipe as JSON."""
@@ -129,11 +155,16 @@ class Recipe:
         try:
             data: dict[str, Any] = json.loads(text)
             rules = tuple(_rule(one) for one in data["rules"])
-            stays = data.get("float_attention", [])
-            data["float_attention"] = tuple(stays) if isinstance(stays, list) else stays
-            return cls(**{**data, "linears": _spec(data["linears"]), "rules": rules})
+            of_attentions = tuple(AttentionRule(**one) for one in data.get("attention_rules", ()))
+            parts = {"linears": _spec(data["linears"]), "rules": rules}
+            return cls(**{**data, **parts, "attention_rules": of_attentions})
         except (ValueError, KeyError, TypeError) as error:
             raise RecipeError(f"this is no recipe: {error}") from error
+
+
+def _check_attention(dtype: str | None) -> None:
+    if dtype is not None and dtype not in DTYPES:
+        raise RecipeError(f"unknown attention type {dtype!r}")
 
 
 def _spec(data: dict[str, Any] | None) -> QSpec | None:

@@ -39,7 +39,7 @@ class Choice:
         if not isinstance(stats, (Stats, type(None))):
             raise InputError(f"stats is a Stats or the path of one, not {type(stats).__name__}")
         chosen = resolve(recipe)
-        if chosen.attention is not None and stats is None:
+        if chosen.rounds_attention and stats is None:
             raise CalibrationError(
                 f"the recipe {chosen.name!r} needs calibrated scales for its 8-bit attention: "
                 "give options={'stats': ...}"

@@ -106,7 +106,7 @@ def run(args: argparse.Namespace) -> None:
         args.parser.error(f"--from {start.name} is not below --to {to.name}")
     recipe = target.recipe(args.recipe)
     computes = to >= Level.QUANTIZED
-    if computes and recipe.attention is not None and not args.calibrate:
+    if computes and recipe.rounds_attention and not args.calibrate:
         args.parser.error(f"the recipe {recipe.name} needs attention scales: add --calibrate 1")
     needs_weights = computes or args.tiny or args.calibrate
     subject = target.with_weights(args) if needs_weights else target.on_meta(args)
