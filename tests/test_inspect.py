@@ -13,19 +13,11 @@ import torch
 from diffusers import WanTransformer3DModel
 
 from wancompile.errors import InputError, LevelError
+from wancompile.gate.compare import Comparison, compare
 from wancompile.html import Extras, Picture, Table, write_html
 from wancompile.html.markup import Html, el
-from wancompile.inspect import (
-    Change,
-    Comparison,
-    blocks,
-    climb,
-    compare,
-    diff,
-    is_under,
-    lines,
-    side_by_side,
-)
+from wancompile.inspect import Change, climb, diff, is_under, lines, side_by_side
+from wancompile.ir.blocks import blocks
 from wancompile.ir.levels import Level
 from wancompile.program import Program
 from wancompile.recipe import QSpec, Recipe, Rule, resolve

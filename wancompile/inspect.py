@@ -1,11 +1,9 @@
-"""Looking at programs: their text line by line, what differs between two, and how exact one is."""
+"""Looking at programs: their text line by line, and what differs between two."""
 
 from __future__ import annotations
 
 import difflib
-import math
 import re
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -22,7 +20,6 @@ from wancompile.errors import InputError, LevelError
 from wancompile.export import export
 from wancompile.ir import match
 from wancompile.ir.levels import Level
-from wancompile.ir.site import Fold, Site
 from wancompile.passes.observe import Observe
 from wancompile.program import Program
 from wancompile.quant.stats import Stats
@@ -94,24 +91,6 @@ def lines(program: Program, site: str | None = None) -> list[Line]:
 def is_under(path: str, pattern: str) -> bool:
     """Whether a module path matches the glob, or lies under a module that does."""
     return any(fnmatchcase(path, pattern + tail) for tail in ("", ".*", ":*", "#*"))
-
-
-def blocks(sites: Iterable[str]) -> dict[str, str]:
-    """Return the repeated block of each site that lies in one, such as `layers.3`.
-
-    A block is the path up to the first number. Of several lists of modules in a model the one that
-    holds the most sites counts: others are parts of an embedder or of a side branch.
-    """
-    found = {site: block for site in sites if (block := _block(site))}
-    families = Counter(block.rpartition(".")[0] for block in found.values())
-    largest = families.most_common(1)[0][0] if families else ""
-    return {site: block for site, block in found.items() if block.rpartition(".")[0] == largest}
-
-
-def _block(path: str) -> str:
-    parts = path.split(".")
-    number = next((index for index, part in enumerate(parts) if part.isdigit()), None)
-    return "" if number is None else ".".join(parts[: number + 1])
 
 
 def diff(before: Program, after: Program, site: str | None = None, *, context: int = 2) -> str:
@@ -205,7 +184,7 @@ def climb(
     if to >= Level.FUSED:
         found[Level.FUSED] = pipeline.run(found[Level.QUANTIZED], passes.FUSE, dump=dump)
     if to >= Level.LOWERED:
-        steps = passes.lowering(next(iter(program.state.values())).device)
+        steps = passes.lowering(program.device)
         found[Level.LOWERED] = pipeline.run(found[Level.FUSED], steps, dump=dump)
     return found
 
@@ -216,101 +195,3 @@ def _observe(normal: Program, calls: Iterable[Mapping[str, Any]]) -> Stats | Non
         calibration = calibration or Calibration(normal)
         calibration(**call)
     return calibration.stats() if calibration else None
-
-
-# Errors -------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class SiteError:
-    """How far the output of one call lies from the reference.
-
-    `relative` is `|actual - expected| / |expected|` in L2, `sqnr` is the same in dB (infinite
-    where nothing differs), `cosine` the cosine between both. `role` is that of the site's group,
-    the kind of attention, or empty.
-    """
-
-    site: str
-    role: str
-    relative: float
-    sqnr: float
-    cosine: float
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """Two programs of one model on one call, site by site in execution order.
-
-    Errors accumulate: each program runs on its own values. `left_out` names sites that hold other
-    numbers on purpose, with the reason.
-    """
-
-    before: Level
-    after: Level
-    errors: tuple[SiteError, ...]
-    left_out: tuple[tuple[str, str], ...] = ()
-
-    def worst(self, limit: int = 10) -> tuple[SiteError, ...]:
-        """Return the sites of the largest relative errors, worst first."""
-        return tuple(sorted(self.errors, key=lambda one: -one.relative)[:limit])
-
-
-def compare(program_a: Program, program_b: Program, inputs: Mapping[str, Any]) -> Comparison:
-    """Run both programs on `inputs` and compare the output of every linear and attention.
-
-    Args:
-        program_a: the reference.
-        program_b: a program of the same model at any other level.
-        inputs: named arguments of one call of the model.
-
-    Raises:
-        InputError: the programs share no site, or `inputs` do not fit.
-    """
-    left_out = _rescaled(program_a, program_b)
-    other = match.by_site(program_b.graph)
-    sites = [s for s in match.by_site(program_a.graph) if s in other and s not in left_out]
-    if not sites:
-        raise InputError("the programs have no site in common: they are not of one model")
-    expected = program_a.values(sites, **inputs)
-    actual = program_b.values(sites, **inputs)
-    roles = _roles(program_a)
-    errors = tuple(
-        _error(str(site), roles.get(site, ""), actual[site], expected[site]) for site in sites
-    )
-    reasons = tuple((str(site), reason) for site, reason in left_out.items())
-    return Comparison(program_a.level, program_b.level, errors, reasons)
-
-
-def _rescaled(a: Program, b: Program) -> dict[Site, str]:
-    """Return the sites whose values smoothing scales: what a fold into value rows changes."""
-    inverse_a, inverse_b = (
-        {
-            g.key: g.smoothing.inverse
-            for g in one.groups
-            if g.fold is Fold.VALUE_ROWS and g.smoothing
-        }
-        for one in (a, b)
-    )
-    found = {}
-    for attention in b.attentions:
-        out = attention.out
-        if out is not None and inverse_a.get(out, "") != inverse_b.get(out, ""):
-            reason = f"scaled by the smooth scale of {out}"
-            found.update(dict.fromkeys((attention.v, attention.site), reason))
-    return found
-
-
-def _roles(program: Program) -> dict[Site, str]:
-    roles = {site: str(group.role) for group in program.groups for site in group.sites}
-    for attention in program.attentions:
-        roles[attention.site] = "self-attention" if attention.is_self else "cross-attention"
-    return roles
-
-
-def _error(site: str, role: str, actual: torch.Tensor, expected: torch.Tensor) -> SiteError:
-    relative = pipeline.relative_error(actual, expected)
-    sqnr = -20 * math.log10(relative) if relative > 0 else math.inf
-    flat_a, flat_e = actual.double().flatten(), expected.double().flatten()
-    norms = float(flat_a.norm() * flat_e.norm())
-    cosine = float(flat_a @ flat_e) / norms if norms else 1.0
-    return SiteError(site, role, relative, sqnr, cosine)

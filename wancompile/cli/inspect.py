@@ -7,8 +7,9 @@ import sys
 from pathlib import Path
 
 from wancompile.cli import target
+from wancompile.gate.compare import compare
 from wancompile.html import write_html
-from wancompile.inspect import climb, compare, diff, lines
+from wancompile.inspect import climb, diff, lines
 from wancompile.ir.levels import Level
 from wancompile.program import Program
 from wancompile.recipe import Recipe

@@ -19,8 +19,8 @@ from wancompile.demo.animation import difference, side_by_side
 from wancompile.demo.conditions import prompt
 from wancompile.demo.quality import psnr, ssim
 from wancompile.demo.sampler import Request, calls, sample
+from wancompile.gate.compare import compare
 from wancompile.html import Extras, Picture, Table, write_html
-from wancompile.inspect import compare
 from wancompile.units import nbytes
 
 RECIPES = ("fp8", "int8")

@@ -7,10 +7,12 @@ from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 
+from wancompile.gate.compare import Comparison
 from wancompile.html import chart, graph, sections
 from wancompile.html.extras import Extras, render
 from wancompile.html.markup import Html, el, join
-from wancompile.inspect import Comparison, blocks, side_by_side
+from wancompile.inspect import side_by_side
+from wancompile.ir.blocks import blocks
 from wancompile.program import Program
 from wancompile.report import Report
 from wancompile.units import nbytes, percent, plural, seconds

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from itertools import groupby
 
+from wancompile.gate.compare import Comparison
 from wancompile.html.markup import Html, el
-from wancompile.inspect import Comparison, blocks
+from wancompile.ir.blocks import blocks
 from wancompile.ir.edit import Note
 from wancompile.ir.site import Group, Ungrouped
 from wancompile.program import PassRecord

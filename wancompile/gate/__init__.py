@@ -1,0 +1,1 @@
+"""The gate: a compiled model is let through if it is near enough to the original."""
