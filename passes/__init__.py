@@ -56,14 +56,18 @@ NORMALIZE: tuple[Pass, ...] = (
 )
 
 
-def smoothing(recipe: Recipe, stats: Stats | None) -> tuple[Pass, ...]:
+def smoothing(
+    recipe: Recipe, stats: Stats | None, device: torch.device | None = None
+) -> tuple[Pass, ...]:
     """NORMAL -> NORMAL: the float program with every scale folded; nothing without statistics."""
-    return (Smooth(recipe, stats),) if stats is not None else ()
+    return (Smooth(recipe, stats, device),) if stats is not None else ()
 
 
-def quantization(recipe: Recipe, stats: Stats | None) -> tuple[Pass, ...]:
+def quantization(
+    recipe: Recipe, stats: Stats | None, device: torch.device | None = None
+) -> tuple[Pass, ...]:
     """NORMAL -> QUANTIZED."""
-    return (QuantizeAttention(recipe, stats), QuantizeLinears(recipe), FoldConstants())
+    return (QuantizeAttention(recipe, stats), QuantizeLinears(recipe, device), FoldConstants())
 
 
 # QUANTIZED -> FUSED: what a kernel can do in one pass over memory becomes one op.

@@ -6,7 +6,7 @@ it did before.
     before                                          after
     %y = ...                                        %y = ...
                                                     observe_channels(%y, amax, count, sample,
-                                                                     priority, label, seed)
+                                                                     priority, line, seed)
     %q = linear(%y, wq); %k = linear(%y, wk)        %q = linear(%y, wq); %k = linear(%y, wk)
 """
 
@@ -23,18 +23,20 @@ from wancompile.ir import match
 from wancompile.ir.edit import Draft
 from wancompile.ir.levels import Level
 from wancompile.ir.site import Attention, Site
+from wancompile.quant.lines import PER_RANGE
 
 ops = torch.ops.wancompile
 
-LABEL = "observers.label"
+# Which line the channel observers write to in a call, and which the observers of heads.
+LINE, RANGE = "observers.line", "observers.range"
 
 
 @dataclass(frozen=True)
 class Observe:
     """Observe producers and self-attention operands.
 
-    `labels` is the number of timestep ranges kept apart, `rows` the size of the token sample per
-    producer, `seed` draws it.
+    `labels` is the number of timestep ranges kept apart (see `quant/lines.py` for the lines that
+    each has), `rows` the size of the token sample per producer, `seed` draws it.
     """
 
     labels: int = 10
@@ -58,9 +60,10 @@ class Observe:
     def _observe_channels(self, draft: Draft, site: Site, reader: Node) -> None:
         producer: Any = match.args(reader)[0]
         x = match.val(producer)
+        lines = self.labels * PER_RANGE
         buffers = {
-            "amax": torch.zeros(self.labels, x.shape[-1], device=x.device),
-            "count": torch.zeros(self.labels, dtype=torch.int64, device=x.device),
+            "amax": torch.zeros(lines, x.shape[-1], device=x.device),
+            "count": torch.zeros(lines, dtype=torch.int64, device=x.device),
             "sample": torch.zeros(self.rows, x.shape[-1], dtype=x.dtype, device=x.device),
             "priority": torch.full((self.rows,), torch.inf, dtype=torch.float64, device=x.device),
         }
@@ -68,10 +71,10 @@ class Observe:
             draft.store(buffer_name(site, part), buffer, before=reader)
             for part, buffer in buffers.items()
         ]
-        label = _label(draft, x.device, reader)
+        line = _scalar(draft, LINE, x.device, reader)
         seed = _seed_of(self.seed, site)
         draft.call(
-            ops.observe_channels.default, producer, *stored, label, seed, before=reader, like=reader
+            ops.observe_channels.default, producer, *stored, line, seed, before=reader, like=reader
         )
         draft.did(site, "observed")
 
@@ -87,8 +90,8 @@ class Observe:
                 )
                 for part, start in (("low", torch.inf), ("high", -torch.inf))
             ]
-            label = _label(draft, x.device, node)
-            draft.call(ops.observe_heads.default, value, *stored, label, before=node, like=node)
+            place = _scalar(draft, RANGE, x.device, node)
+            draft.call(ops.observe_heads.default, value, *stored, place, before=node, like=node)
         draft.did(attention.site, "q, k, v observed")
 
 
@@ -103,7 +106,7 @@ def _seed_of(seed: int, site: Site) -> int:
     return int.from_bytes(digest) >> 1
 
 
-def _label(draft: Draft, device: torch.device, before: Node) -> Node:
-    if LABEL not in draft.state:
-        draft.state[LABEL] = torch.zeros((), dtype=torch.int64, device=device)
-    return draft.read(LABEL, before=before)
+def _scalar(draft: Draft, name: str, device: torch.device, before: Node) -> Node:
+    if name not in draft.state:
+        draft.state[name] = torch.zeros((), dtype=torch.int64, device=device)
+    return draft.read(name, before=before)

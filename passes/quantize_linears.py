@@ -37,9 +37,14 @@ ops = torch.ops.wancompile
 
 @dataclass(frozen=True)
 class QuantizeLinears:
-    """Quantize every group that the recipe names."""
+    """Quantize every group that the recipe names.
+
+    Weights are rounded on `device`, one at a time, or where they are; what becomes of them is where
+    they were.
+    """
 
     recipe: Recipe
+    device: torch.device | None = None
 
     name: ClassVar[str] = "quantize_linears"
     needs: ClassVar[Level] = Level.QUANTIZED
@@ -52,7 +57,7 @@ class QuantizeLinears:
         specs: dict[Node, QSpec] = {}
         for group in draft.groups:
             specs.update(self._specs(draft, group, nodes))
-        shared = _Shared(draft)
+        shared = _Shared(draft, self.device)
         position = match.position(draft.graph)
         for node in sorted(specs, key=position.__getitem__):
             shared.quantize(node, specs[node])
@@ -86,6 +91,7 @@ class _Shared:
     """
 
     draft: Draft
+    device: torch.device | None
     inputs: dict[tuple[Node, str, torch.dtype], tuple[Node, Node]] = field(default_factory=dict)
     weights: dict[tuple[Node, torch.dtype], tuple[Node, Node]] = field(default_factory=dict)
 
@@ -112,16 +118,18 @@ class _Shared:
     def _weight(self, node: Node, spec: QSpec) -> tuple[Node, Node]:
         key = (match.args(node)[1], spec.torch_dtype)
         if key not in self.weights:
-            quantized = _quantized_weight(self.draft, node, spec)
-            name = match.stored_name(match.args(node)[1])
-            data = self.draft.store(f"{name}_{spec.dtype}", quantized.data, before=node)
-            scale = self.draft.store(f"{name}_scale", quantized.scale, before=node)
+            quantized = _quantized_weight(self.draft, node, spec, self.device)
+            name, home = match.stored_name(match.args(node)[1]), match.val(node).device
+            data = self.draft.store(f"{name}_{spec.dtype}", quantized.data.to(home), before=node)
+            scale = self.draft.store(f"{name}_scale", quantized.scale.to(home), before=node)
             self.weights[key] = data, scale
         return self.weights[key]
 
 
-def _quantized_weight(draft: Draft, node: Node, spec: QSpec) -> QTensor:
-    weight = edit.evaluate_constant(match.args(node)[1], draft.state)
+def _quantized_weight(
+    draft: Draft, node: Node, spec: QSpec, device: torch.device | None
+) -> QTensor:
+    weight = edit.evaluate_constant(match.args(node)[1], draft.state, device=device)
     try:
         return quantize_weight(weight, spec.torch_dtype)
     except NumericsError as error:

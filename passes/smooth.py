@@ -44,10 +44,14 @@ _FOLDS = {
 
 @dataclass(frozen=True)
 class Smooth:
-    """Search and apply one smooth scale per group that the recipe quantizes with smoothing."""
+    """Search and apply one smooth scale per group that the recipe quantizes with smoothing.
+
+    The search runs on `device`, or where the weights are; only one weight at a time moves there.
+    """
 
     recipe: Recipe
     stats: Stats = field(repr=False)
+    device: torch.device | None = None
 
     name: ClassVar[str] = "smooth"
     needs: ClassVar[Level] = Level.NORMAL
@@ -69,7 +73,7 @@ class Smooth:
             return None
         members = [nodes[site] for site in group.sites]
         stats = self._stats_of(group, members[0])
-        weights = _weights(draft, members)
+        weights = _weights(draft, members, self.device)
         device = weights.amax.device
         amax, tokens = stats.amax.amax(0).to(device), stats.tokens.to(device)
         choice = choose(amax, weights, tokens, spec.torch_dtype)
@@ -105,10 +109,11 @@ def _obstacle(helps: bool, allowed: bool, members: list[Node], shared: set[str])
     return ""
 
 
-def _weights(draft: Draft, members: list[Node]) -> Weights:
+def _weights(draft: Draft, members: list[Node], device: torch.device | None) -> Weights:
     nodes = [match.args(node)[1] for node in members]
     outputs = sum(match.shape(node)[0] for node in nodes)
-    return Weights.of((edit.evaluate_constant(node, draft.state) for node in nodes), outputs)
+    values = (edit.evaluate_constant(node, draft.state, device=device) for node in nodes)
+    return Weights.of(values, outputs)
 
 
 def _apply(
@@ -125,8 +130,9 @@ def _apply(
     members = [nodes[site] for site in group.sites]
     name = f"smooth.{group.key}".replace("#", "_call_")
     top = next(iter(draft.graph.nodes))
-    scale = draft.store(f"{name}.scale", best.scale, before=top)
-    inverse = draft.store(f"{name}.inverse", 1 / best.scale, before=top)
+    found = best.scale.to(match.val(members[0]).device)
+    scale = draft.store(f"{name}.scale", found, before=top)
+    inverse = draft.store(f"{name}.inverse", 1 / found, before=top)
     _divide_input(draft, group, members, inverse)
     for node in members:
         weight = draft.scaled(match.args(node)[1], scale, before=node)

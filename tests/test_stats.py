@@ -184,7 +184,21 @@ def test_a_cut_file_is_refused(tmp_path):
         Stats.load(path)
 
 
-@pytest.mark.parametrize("facts", ["{", "[]", '{"calls": 1}', '{"edges": 1, "seeds": []}'])
+GOOD = {
+    "edges": [0, 1],
+    "calls": 1,
+    "seeds": [0],
+    "tally": [],
+    "roles": {},
+    "timesteps": None,
+    "model": "",
+}
+BROKEN = [{"edges": 1}, {"timesteps": [3]}, {"roles": []}, {"tally": None}, {"calls": "many"}]
+
+
+@pytest.mark.parametrize(
+    "facts", ["{", "[]", '{"calls": 1}', *(json.dumps(GOOD | one) for one in BROKEN)]
+)
 def test_broken_facts_are_refused(tmp_path, facts):
     path = tmp_path / "stats.safetensors"
     tensors = saved_tensors(path)
@@ -197,8 +211,7 @@ def test_a_missing_tensor_is_refused(tmp_path):
     path = tmp_path / "stats.safetensors"
     tensors = saved_tensors(path)
     del tensors[f"channels/{SITE}/count"]
-    facts = json.dumps({"edges": [0, 1], "calls": 1, "seeds": [0]})
-    save_file(tensors, path, metadata={"format": FORMAT, "facts": facts})
+    save_file(tensors, path, metadata={"format": FORMAT, "facts": json.dumps(GOOD)})
     with pytest.raises(CalibrationError, match="is incomplete"):
         Stats.load(path)
 

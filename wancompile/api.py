@@ -18,7 +18,7 @@ from wancompile.program import Program
 from wancompile.quant.stats import Stats
 from wancompile.recipe import Recipe, resolve
 from wancompile.report import Report
-from wancompile.samples import CalibData, Call, drive
+from wancompile.samples import CalibData, Call, Run, drive
 from wancompile.signature import name_arguments, parameters_of
 
 
@@ -152,11 +152,11 @@ class _Started:
         self.first_call: Call
         self.calibration: Calibration
 
-    def __call__(self, calls: Sequence[Call]) -> Calibration:
+    def __call__(self, calls: Sequence[Call]) -> Run:
         self.first_call = dict(calls[0])
         self.program = _normalize(self._model, calls, dynamic=True, dump=self._dump)
         self.calibration = Calibration(self.program, **self._options)
-        return self.calibration
+        return self.calibration.observe
 
 
 def _calibrate(

@@ -17,6 +17,7 @@ from wancompile.ir import text
 from wancompile.ir.edit import Draft
 from wancompile.ir.levels import Level
 from wancompile.program import PassRecord, Program
+from wancompile.stream import place
 
 log = logging.getLogger("wancompile")
 
@@ -49,9 +50,13 @@ class Pass(Protocol):
 
 @dataclass(frozen=True)
 class Probe:
-    """Inputs on which exact passes are checked: one call of the model."""
+    """Inputs on which exact passes are checked: one call of the model, and where it runs.
+
+    Weights that are not on `device` come and go while it runs; None is where they are.
+    """
 
     kwargs: Mapping[str, Any]
+    device: torch.device | None = None
 
 
 def run(
@@ -157,7 +162,7 @@ def _compare(
 
 
 def _outputs(program: Program, probe: Probe) -> list[torch.Tensor]:
-    leaves = pytree.tree_leaves(program(**probe.kwargs))
+    leaves = pytree.tree_leaves(place(program, probe.device)(**probe.kwargs))
     return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
 
 

@@ -96,6 +96,11 @@ class Program:
             for part in module.modules():
                 part._buffers.clear()
 
+    @property
+    def device(self) -> torch.device:
+        """Where the stored tensors are."""
+        return next((one.device for one in self.state.values()), torch.device("cpu"))
+
     def to(self, device: torch.device) -> Program:
         """Return the program on `device`."""
         draft = self.draft()

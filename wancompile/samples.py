@@ -1,21 +1,47 @@
-"""Calibration data: batches of calls, or a callable that runs the model while we listen."""
+"""Calibration data: batches of calls, or a callable that runs the model while we listen.
+
+Calls come in kinds: guided sampling runs the model with the prompt ("cond") and without it
+("uncond"). diffusers pipelines say which by `with model.cache_context("cond")`, and a `Sample` says
+it in a list of calls.
+"""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
 from wancompile.errors import CalibrationError, InputError
+from wancompile.quant.lines import KINDS
 from wancompile.signature import flatten, name_arguments, parameters_of
 
+
+@dataclass(frozen=True)
+class Sample:
+    """One call of the model for calibration, and its kind.
+
+    `call` holds the named (a mapping) or positional (a sequence) arguments of forward, `label` is
+    one of `KINDS`.
+    """
+
+    call: Mapping[str, Any] | Sequence[Any]
+    label: str = ""
+
+    def __post_init__(self) -> None:
+        if self.label not in KINDS:
+            known = ", ".join(map(repr, KINDS))
+            raise InputError(f"a sample is labelled {known}, not {self.label!r}")
+
+
 Call = dict[str, Any]
-CalibData = Iterable[Mapping[str, Any] | Sequence[Any]] | Callable[..., Any]
-Run = Callable[..., Any]
+CalibData = Iterable[Sample | Mapping[str, Any] | Sequence[Any]] | Callable[..., Any]
+Run = Callable[[Call, str], Any]
+"""Takes the named arguments of a call, and its kind; returns what the model returns."""
 
 
 def drive(
@@ -23,19 +49,22 @@ def drive(
     data: CalibData,
     begin: Callable[[Sequence[Call]], Run],
     *,
+    total: int | None = None,
     progress: bool = False,
 ) -> None:
     """Feed every call in `data` to what `begin` returns.
 
     `begin` is called once with the calls known by then: all of them where `data` is a sequence, the
     first one otherwise. A callable is run with the model's forward replaced by the runner, so that
-    a whole pipeline works as calibration; the forward is put back whatever happens.
+    a whole pipeline works as calibration; the forward is put back whatever happens. `total` is the
+    number of calls to expect, for the time left in the progress bar; a sequence knows its own.
 
     Raises:
         InputError: a sample does not fit the model's forward, or the samples before it.
         CalibrationError: there is no sample, or one holds NaN or infinity.
     """
-    total = len(data) if isinstance(data, Sized) else None
+    if total is None and isinstance(data, Sized):
+        total = len(data)
     with tqdm(total=total, desc="calibrate", disable=not progress, unit="call") as bar:
         if callable(data):
             _listen(model, data, begin, bar)
@@ -44,11 +73,15 @@ def drive(
         known = list(calls if isinstance(data, Sequence) else itertools.islice(calls, 1))
         if not known:
             raise CalibrationError("calibration data is empty", pass_name="calibrate")
-        run = begin(known)
-        for index, call in enumerate(itertools.chain(known, calls)):
+        run = begin([call for call, _ in known])
+        for index, (call, label) in enumerate(itertools.chain(known, calls)):
             with _naming(index):
-                run(**call)
+                run(call, label)
             bar.update()
+
+
+# What of a model is replaced while a callable runs it.
+_HEARD = ("forward", "cache_context")
 
 
 @contextmanager
@@ -71,15 +104,16 @@ def _check_finite(call: Call, index: int) -> None:
 
 
 def _calls(
-    model: torch.nn.Module, data: Iterable[Mapping[str, Any] | Sequence[Any]]
-) -> Iterator[Call]:
+    model: torch.nn.Module, data: Iterable[Sample | Mapping[str, Any] | Sequence[Any]]
+) -> Iterator[tuple[Call, str]]:
     parameters, defaults = parameters_of(model.forward)
     for index, one in enumerate(data):
+        sample = one if isinstance(one, Sample) else Sample(one)
         with _naming(index):
-            args, kwargs = _split(one)
+            args, kwargs = _split(sample.call)
             call = name_arguments(parameters, defaults, args, kwargs)
         _check_finite(call, index)
-        yield call
+        yield call, sample.label
 
 
 def _split(one: object) -> tuple[Sequence[Any], Mapping[str, Any]]:
@@ -99,39 +133,73 @@ def _listen(
     begin: Callable[[Sequence[Call]], Run],
     bar: tqdm[Any],
 ) -> None:
-    parameters, defaults = parameters_of(model.forward)
-    own = model.__dict__.get("forward")
-    run: Run | None = None
-    indices = itertools.count()
-
-    def restore() -> None:
-        model.__dict__.pop("forward", None)
-        if own is not None:
-            model.__dict__["forward"] = own
-
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        nonlocal run
-        index = next(indices)
-        with _naming(index):
-            call = name_arguments(parameters, defaults, args, kwargs)
-            _check_finite(call, index)
-            if run is None:
-                restore()
-                run = begin([call])
-                model.__dict__["forward"] = forward
-            output = run(**call)
-        bar.update()
-        return wrap_output(output, call)
-
-    model.__dict__["forward"] = forward
+    ears = _Ears(model, begin, bar)
+    ears.put_on()
     try:
         play()
     finally:
-        restore()
-    if run is None:
+        ears.take_off()
+    if not ears.heard:
         raise CalibrationError(
             "calibration data is empty: the callable never ran the model", pass_name="calibrate"
         )
+
+
+class _Ears:
+    """Stand-ins for a model's forward and for the context in which pipelines name its calls.
+
+    `heard` counts the calls of forward. What the model had of its own is put back by `take_off`.
+    """
+
+    def __init__(
+        self, model: torch.nn.Module, begin: Callable[[Sequence[Call]], Run], bar: tqdm[Any]
+    ) -> None:
+        self.heard = 0
+        self._model = model
+        self._begin = begin
+        self._bar = bar
+        self._label = ""
+        self._run: Run | None = None
+        self._parameters, self._defaults = parameters_of(model.forward)
+        self._context = getattr(model, "cache_context", None)
+        self._own = {name: model.__dict__[name] for name in _HEARD if name in model.__dict__}
+
+    def put_on(self) -> None:
+        self._model.__dict__["forward"] = self._forward
+        if self._context is not None:
+            self._model.__dict__["cache_context"] = self._named
+
+    def take_off(self) -> None:
+        for name in _HEARD:
+            self._model.__dict__.pop(name, None)
+        self._model.__dict__.update(self._own)
+
+    def _forward(self, *args: Any, **kwargs: Any) -> Any:
+        index, self.heard = self.heard, self.heard + 1
+        with _naming(index):
+            call = name_arguments(self._parameters, self._defaults, args, kwargs)
+            _check_finite(call, index)
+            if self._run is None:
+                self._run = self._begun(call)
+            output = self._run(call, self._label)
+        self._bar.update()
+        return wrap_output(output, call)
+
+    def _begun(self, call: Call) -> Run:
+        """Make the runner while the model is as it was."""
+        self.take_off()
+        run = self._begin([call])
+        self.put_on()
+        return run
+
+    @contextmanager
+    def _named(self, name: str, *args: Any, **kwargs: Any) -> Iterator[None]:
+        before, self._label = self._label, name if name in KINDS else ""
+        try:
+            with self._context(name, *args, **kwargs):  # type: ignore[misc]
+                yield
+        finally:
+            self._label = before
 
 
 def wrap_output(output: Any, call: Mapping[str, Any]) -> Any:

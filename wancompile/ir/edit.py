@@ -213,9 +213,15 @@ def copy_graph(graph: Graph) -> Graph:
 
 
 def evaluate_constant(
-    node: Node, state: Mapping[str, torch.Tensor], *, dtype: torch.dtype = torch.float32
+    node: Node,
+    state: Mapping[str, torch.Tensor],
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | None = None,
 ) -> torch.Tensor:
     """Compute a node that reads only stored tensors, in `dtype`, ignoring float casts on the way.
+
+    It is computed on `device`, or where the tensors are.
 
     Casts between floating-point types are rounding alone; one to integers means something.
 
@@ -224,12 +230,14 @@ def evaluate_constant(
     """
     if node.op == "get_attr":
         tensor = state[str(node.target)]
+        # Moved first, as it is stored: that is half the bytes, and the cast is quick over there.
+        tensor = tensor if device is None else tensor.to(device)
         return tensor.to(dtype) if tensor.is_floating_point() else tensor
     if match.is_op(node, torch.ops.aten.to.dtype) and _is_rounding(node):
-        return evaluate_constant(match.args(node)[0], state, dtype=dtype)
+        return evaluate_constant(match.args(node)[0], state, dtype=dtype, device=device)
 
     def value(parent: Node) -> Any:
-        return evaluate_constant(parent, state, dtype=dtype)
+        return evaluate_constant(parent, state, dtype=dtype, device=device)
 
     args, kwargs = _mapped(node, value)
     result: torch.Tensor = match.target(node)(*args, **kwargs)
@@ -249,7 +257,12 @@ def _mapped(node: Node, value: Callable[[Node], Any]) -> tuple[Any, Any]:
 def move(draft: Draft, device: torch.device) -> None:
     """Move the stored tensors to `device`, and the ops that name a device along with them."""
     draft.state = {name: tensor.to(device) for name, tensor in draft.state.items()}
-    for node in draft.graph.nodes:
+    retarget(draft.graph, device)
+
+
+def retarget(graph: Graph, device: torch.device) -> None:
+    """Let the ops that name a device name `device`."""
+    for node in graph.nodes:
         if isinstance(node.kwargs.get("device"), torch.device):
             node.kwargs = {**node.kwargs, "device": device}
         if any(isinstance(arg, torch.device) for arg in node.args):
