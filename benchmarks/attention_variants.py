@@ -32,10 +32,15 @@ from wancompile.quant.numerics import FP8, INT8, QMAX, quantize
 
 MODULE = "benchmarks.attention_variants"
 DEVICE = "cuda"
-TYPES = {"int8": INT8, "fp8": FP8}
+BF16 = torch.bfloat16
+TYPES = {"int8": (INT8, BF16), "int8-fp8": (INT8, FP8), "fp8": (FP8, FP8)}  # of q and k; of v and P
 VARIANTS = {
     ("polynomial 8", "int8"): Tile(polynomial=8),
     ("polynomial 0", "int8"): Tile(),
+    ("polynomial 4", "int8"): Tile(polynomial=4),
+    ("3 stages", "int8"): Tile(polynomial=8, stages=3),
+    ("polynomial 8", "int8-fp8"): Tile(polynomial=8),
+    ("polynomial 0", "int8-fp8"): Tile(),
     ("polynomial 8", "fp8"): Tile(polynomial=8),
     ("polynomial 0", "fp8"): Tile(),
 }
@@ -56,10 +61,11 @@ PROFILES: dict[str, tuple[float, Callable[[Tensor], Tensor]]] = {
 }
 LIMIT_S, PROCESSES = 40, 8
 MORE_THAN_ROUNDING = 1.1  # the kernel's exponentials and sums are not exact, either
-BF16 = 3e-3
+ROUNDED_OUTPUT = 3e-3
 HALF_BIT_FP32 = 2.0**-24
 BIT_FP8_SUMS = 2.0**-13  # Hopper adds products of e4m3 with 14 bits, 32 channels at a time
-Case = tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor, Tensor]]  # q, k, v, scales
+Types = tuple[torch.dtype, torch.dtype]
+Case = tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor, Tensor | None]]  # q, k, v, scales
 
 
 def main() -> None:
@@ -101,18 +107,18 @@ def check_apart(way: tuple[str, str]) -> str:
 
 def check(variant: str, kind: str) -> None:
     """Raise AssertionError unless small shapes, and samples of a large one, are right."""
-    tile, dtype, worst = VARIANTS[variant, kind], TYPES[kind], 0.0
+    tile, types, worst = VARIANTS[variant, kind], TYPES[kind], 0.0
     for channels in (128, 64):
         for q_tokens, k_tokens in SMALL:
-            case = operands((2, 3, q_tokens, k_tokens, channels), dtype, spread=4.0)
+            case = operands((2, 3, q_tokens, k_tokens, channels), types, spread=4.0)
             worst = max(worst, excess(case, tile, torch.arange(q_tokens), range(3)))
     for name, (spread, profile) in PROFILES.items():
         for q_tokens, k_tokens in SMALL[0], (130, 4099):
             logits = profile(torch.linspace(0, 1, k_tokens, device=DEVICE))
-            case = operands((1, 2, q_tokens, k_tokens, CHANNELS), dtype, spread, logits)
+            case = operands((1, 2, q_tokens, k_tokens, CHANNELS), types, spread, logits)
             worst = max(worst, excess(case, tile, torch.arange(q_tokens), range(2), name))
     tokens = TIMED[0][0]
-    case = operands((1, HEADS, tokens, tokens, CHANNELS), dtype, spread=1.0)
+    case = operands((1, HEADS, tokens, tokens, CHANNELS), types, spread=1.0)
     rows = torch.linspace(0, tokens - 1, 48).long()
     worst = max(worst, excess(case, tile, rows, (0, 17, HEADS - 1)))
     print(f"right, error at most {worst:.2f} of what is allowed")
@@ -120,11 +126,11 @@ def check(variant: str, kind: str) -> None:
 
 def operands(
     shape: tuple[int, int, int, int, int],
-    dtype: torch.dtype,
+    types: Types,
     spread: float,
     profile: Tensor | None = None,
 ) -> Case:
-    """Random q, k, v in 8 bits.
+    """Random q, k, v.
 
     Logits have about the standard deviation `spread` around `profile [Sk]`, or 0.
     """
@@ -136,12 +142,18 @@ def operands(
     if profile is not None:
         factor = profile.abs().max().sqrt() * channels**0.25  # of the logits; so both are as large
         q[..., 0], k[..., 0] = factor, profile * channels**0.5 / factor
-    made = []
-    for x, kind in (q, dtype), (k, dtype), (v, FP8):
-        scale = x.abs().amax((0, 2, 3)) / QMAX[kind]
-        made.append((quantize(x, scale[:, None, None], kind), scale))
-    (q, q_scale), (k, k_scale), (v, v_scale) = made
+    qk_type, v_type = types
+    (q, q_scale), (k, k_scale) = in_8_bits(q, qk_type), in_8_bits(k, qk_type)
+    if v_type == BF16:
+        return q, k, v.to(BF16), (q_scale, k_scale, None)
+    v, v_scale = in_8_bits(v, v_type)
     return q, k, v, (q_scale, k_scale, v_scale)
+
+
+def in_8_bits(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """`x` rounded with a scale for each head, and the scales."""
+    scale = x.abs().amax((0, 2, 3)) / QMAX[dtype]
+    return quantize(x, scale[:, None, None], dtype), scale
 
 
 def excess(
@@ -152,7 +164,7 @@ def excess(
     batch, count, tokens, channels = q.shape
     memory = torch.full((batch, tokens + 70, count, channels), torch.nan, device=DEVICE).bfloat16()
     out = memory[:, :tokens].transpose(1, 2)
-    attention_hopper.launch(q, k, transposed(v), scales, channels**-0.5, out, tile)
+    attention_hopper.launch(q, k, stored(v), scales, channels**-0.5, out, tile)
     assert memory[:, tokens:].isnan().all(), "written beyond the end"
     assert out.isfinite().all(), "not all is written, or not finite"
     worst = 0.0
@@ -160,7 +172,7 @@ def excess(
         for head in heads:
             exact, rounded = references(case, b, head, rows)
             error = relative(out[b, head, rows].double(), exact)
-            allowed = MORE_THAN_ROUNDING * relative(rounded, exact) + BF16
+            allowed = MORE_THAN_ROUNDING * relative(rounded, exact) + ROUNDED_OUTPUT
             allowed += uncertainty_of_logits(case, b, head, rows)
             said = f"{name} {tuple(q.shape)} {k.shape[2]}: error {error:.2e}, allowed {allowed:.2e}"
             assert error <= allowed, said
@@ -168,9 +180,11 @@ def excess(
     return worst
 
 
-def transposed(v: Tensor) -> Tensor:
-    """What `attention.transpose_values` makes, in plain PyTorch."""
+def stored(v: Tensor) -> Tensor:
+    """`v` as the kernel reads it; e4m3 is what `attention.transpose_values` makes."""
     batch, heads, tokens, channels = v.shape
+    if v.dtype == BF16:
+        return v.transpose(1, 2).reshape(batch * tokens, heads * channels)
     padded = math.ceil(tokens / 128) * 128
     raw = torch.zeros(batch, heads, padded, channels, device=DEVICE, dtype=torch.uint8)
     raw[:, :, :tokens] = v.view(torch.uint8)
@@ -179,12 +193,12 @@ def transposed(v: Tensor) -> Tensor:
 
 
 def references(case: Case, b: int, head: int, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Attention of some rows of one head in float64, exact and with P in e4m3."""
-    v, v_scale = case[2], case[3][2][head].double()
+    """Attention of some rows of one head in float64, exact and with P in the type of v."""
+    v, v_scale = case[2], case[3][2]
     logits = exact_logits(case, b, head, rows)
     weights = (logits - logits.amax(-1, keepdim=True)).exp()
-    values = v[b, head].double() * v_scale
-    coarse = (P_RANGE * weights).to(torch.float32).to(FP8).double() / P_RANGE
+    values = v[b, head].double() * (1.0 if v_scale is None else v_scale[head].double())
+    coarse = (P_RANGE * weights).to(torch.float32).to(v.dtype).double() / P_RANGE
     total = weights.sum(-1, keepdim=True)
     return weights @ values / total, coarse @ values / total
 
@@ -236,11 +250,12 @@ def runner(variant: str, kind: str, case: Case) -> Callable[[], object]:
         importlib.import_module("fa3_fwd._C")  # defines the op
         flat = [x.transpose(1, 2).contiguous() for x in (q, k, v)]
         names = ("q_descale", "k_descale", "v_descale")
-        named = {name: scale[None] for name, scale in zip(names, scales, strict=True)}
+        pairs = zip(names, scales, strict=True)
+        named = {name: scale[None] for name, scale in pairs if scale is not None}
         return partial(torch.ops.fa3_fwd.fwd, *flat, **named, softmax_scale=softmax_scale)
     out = torch.empty(q.transpose(1, 2).shape, device=DEVICE, dtype=torch.bfloat16).transpose(1, 2)
     tile = VARIANTS[variant, kind]
-    return partial(attention_hopper.launch, q, k, transposed(v), scales, softmax_scale, out, tile)
+    return partial(attention_hopper.launch, q, k, stored(v), scales, softmax_scale, out, tile)
 
 
 if __name__ == "__main__":

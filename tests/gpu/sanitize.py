@@ -59,7 +59,11 @@ def linears(tokens: int, device: torch.device) -> Iterator[Case]:
 
 def attentions(tokens: int, device: torch.device) -> Iterator[Case]:
     for dtype in (INT8, FP8):
-        yield plain.ATTENTION, plain.attention_args(dtype, 2, (tokens, tokens + 3), 128, device)
+        q, k, v, *scales, v_scale, factor, to = plain.attention_args(
+            dtype, 2, (tokens, tokens + 3), 128, device
+        )
+        yield plain.ATTENTION, (q, k, v, *scales, v_scale, factor, to)
+        yield plain.ATTENTION, (q, k, v.to(to), *scales, None, factor, to)
     heads = torch.randn(3, 1, tokens, 4, 128, device=device, dtype=torch.bfloat16).transpose(2, 3)
     yield fused.SDPA, (*heads, None, 0.0, False, None, False)
 

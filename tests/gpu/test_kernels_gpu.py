@@ -129,6 +129,26 @@ def test_attention_is_near_the_plain_body_and_float64(cuda, dtype, head_size, ba
         assert relative_error(out, plain) < 0.06, kernel.name
 
 
+@pytest.mark.parametrize("dtype", [INT8, FP8])
+@pytest.mark.parametrize("head_size", [64, 128])
+@pytest.mark.parametrize(
+    ("batch", "tokens"),
+    [(1, (1, 77)), (2, (128, 512)), (2, (700, 513)), (1, (127, 1)), (1, (300, 32760))],
+)
+def test_attention_with_values_in_bf16_is_near_float64(cuda, dtype, head_size, batch, tokens):
+    q, k, _, *scales, _, factor, _ = attention_args(dtype, batch, tokens, head_size, cuda)
+    merged = torch.randn(batch, tokens[1], 3, 4, head_size, device=cuda, dtype=torch.bfloat16)
+    qf, kf = (t.double() * s.double()[:, None, None] for t, s in zip((q, k), scales, strict=True))
+    p = torch.softmax(qf @ kf.transpose(-1, -2) * factor, -1)
+    # Read in place, and where no bulk copy could read it.
+    for v in (merged[:, :, 1].transpose(1, 2), merged[:, :, 1].transpose(1, 2).flip(-1).flip(-1)):
+        args = q, k, v, *scales, None, factor, torch.float32
+        for kernel in fitting(ATTENTION, cuda, args):
+            # P is bf16; tensor cores keep 14 bits of the sums of e4m3 products, the logits.
+            limit = 3e-3 if dtype == INT8 else 6e-3
+            assert relative_error(kernel.impl(*args), p @ v.double()) < limit, kernel.name
+
+
 @pytest.mark.parametrize("head_size", [64, 128])
 @pytest.mark.parametrize("tokens", [1, 127, 600, 32760])
 def test_float_values_in_a_merged_product_are_rounded_as_e4m3_ones(cuda, head_size, tokens):

@@ -84,7 +84,12 @@ def lacks_float(name: str, dtype: torch.dtype) -> str | None:
 def aligned(tensor: Tensor) -> Tensor:
     """`tensor`, copied unless it is contiguous and starts where bulk copies may: at 16 bytes."""
     tensor = tensor.contiguous()
-    return tensor if tensor.data_ptr() % _ALIGNMENT == 0 else tensor.clone()
+    return tensor if starts_aligned(tensor) else tensor.clone()
+
+
+def starts_aligned(tensor: Tensor) -> bool:
+    """Whether `tensor` starts where bulk copies may: at 16 bytes."""
+    return tensor.data_ptr() % _ALIGNMENT == 0
 
 
 def lacks_dtype(tensor: Tensor, dtype: torch.dtype) -> str | None:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from wancompile.kernels.base import Kernel, lacks_dtype, lacks_hopper
+from wancompile.kernels.triton_attention import lacks_value_scale
 from wancompile.ops.attention import check_attention, empty_output, fake_scaled_attention
 from wancompile.quant.numerics import FP8
 
@@ -20,7 +21,7 @@ def attention_fa3(
     v: Tensor,
     q_scale: Tensor,
     k_scale: Tensor,
-    v_scale: Tensor,
+    v_scale: Tensor | None,
     softmax_scale: float,
     out_dtype: torch.dtype,
 ) -> Tensor:
@@ -29,6 +30,7 @@ def attention_fa3(
     It rounds P relative to the maximum so far and gives bf16, which is cast if need be.
     """
     check_attention(q, k, v, q_scale, k_scale, v_scale, out_dtype)
+    assert v_scale is not None
     if not q.numel() or not k.numel():
         return empty_output(q, out_dtype).zero_()
     importlib.import_module("fa3_fwd._C")  # defines the op
@@ -55,7 +57,7 @@ def _supports(device: torch.device, args: tuple[object, ...]) -> str | None:
         return "the package fa3-fwd is not installed (wancompile[hopper])"
     if q.shape[3] not in _HEAD_SIZES:
         return f"takes a head size of {' or '.join(map(str, _HEAD_SIZES))}, not {q.shape[3]}"
-    return lacks_dtype(q, FP8)
+    return lacks_dtype(q, FP8) or lacks_value_scale(args)
 
 
 ATTENTION_FA3 = Kernel(

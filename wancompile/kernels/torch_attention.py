@@ -23,14 +23,14 @@ def attention_dequantize_sdpa(
     v: Tensor,
     q_scale: Tensor,
     k_scale: Tensor,
-    v_scale: Tensor,
+    v_scale: Tensor | None,
     softmax_scale: float,
     out_dtype: torch.dtype,
 ) -> Tensor:
     """`scaled_attention` by dequantizing to bf16 and calling SDPA: right everywhere, no faster.
 
     bf16 holds every int8 and e4m3 value, so k and v are exact; the per-head scales of q and k go
-    into q, which rounds it to bf16, and that of v into the result. P is not rounded to 8 bits.
+    into q, which rounds it to bf16, and that of v into the result. P is rounded to bf16.
     """
     check_attention(q, k, v, q_scale, k_scale, v_scale, out_dtype)
     logit_scale = (q_scale * k_scale * softmax_scale)[:, None, None]
@@ -40,7 +40,9 @@ def attention_dequantize_sdpa(
         quantized_values(v, v_scale).to(torch.bfloat16),
         scale=1.0,
     )
-    return empty_output(q, out_dtype).copy_(out * v_scale[:, None, None])
+    return empty_output(q, out_dtype).copy_(
+        out if v_scale is None else out * v_scale[:, None, None]
+    )
 
 
 attention_dequantize_sdpa.register_fake(fake_scaled_attention)

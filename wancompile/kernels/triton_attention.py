@@ -16,7 +16,7 @@ def attention_triton(
     v: Tensor,
     q_scale: Tensor,
     k_scale: Tensor,
-    v_scale: Tensor,
+    v_scale: Tensor | None,
     softmax_scale: float,
     out_dtype: torch.dtype,
 ) -> Tensor:
@@ -26,6 +26,7 @@ def attention_triton(
     the maximum so far, so single values of P may round otherwise, by as much.
     """
     check_attention(q, k, v, q_scale, k_scale, v_scale, out_dtype)
+    assert v_scale is not None
     out = empty_output(q, out_dtype)
     if out.numel():
         from wancompile.kernels.jit import attention
@@ -54,9 +55,18 @@ def fits_flash_attention(device: torch.device, args: tuple[object, ...]) -> str 
     return lacks_float("the output", out_dtype)
 
 
+def lacks_value_scale(args: tuple[object, ...]) -> str | None:
+    """The reason why a kernel for values in e4m3 does not take those of a `scaled_attention`."""
+    return "takes values in e4m3, not in bf16" if args[5] is None else None
+
+
+def _supports(device: torch.device, args: tuple[object, ...]) -> str | None:
+    return fits_flash_attention(device, args) or lacks_value_scale(args)
+
+
 ATTENTION_TRITON = Kernel(
     "attention_triton",
     torch.ops.wancompile.scaled_attention.default,
     torch.ops.wancompile_kernels.attention_triton.default,
-    fits_flash_attention,
+    _supports,
 )

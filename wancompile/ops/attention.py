@@ -1,4 +1,4 @@
-"""8-bit attention with static per-head scales, the arithmetic of FlashAttention-3's fp8 forward."""
+"""Attention with q and k in 8 bits and static per-head scales; v and P in e4m3 or bf16."""
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ def scaled_attention(
     v: Tensor,
     q_scale: Tensor,
     k_scale: Tensor,
-    v_scale: Tensor,
+    v_scale: Tensor | None,
     softmax_scale: float,
     out_dtype: torch.dtype,
 ) -> Tensor:
@@ -27,28 +27,31 @@ def scaled_attention(
     Args:
         q: `[B, H, Sq, D]`, int8 or e4m3.
         k: `[B, H, Sk, D]`, of the dtype of `q`.
-        v: `[B, H, Sk, D]`, e4m3 (in units of `v_scale`), or a wider float, which is rounded to it.
+        v: `[B, H, Sk, D]`. With a `v_scale` e4m3 in units of it, or a wider float, which is
+            rounded to that; without, a float, which is rounded to bf16.
         q_scale: `[H]` fp32.
         k_scale: `[H]` fp32.
-        v_scale: `[H]` fp32.
+        v_scale: `[H]` fp32, or None for a product by v in bf16.
         softmax_scale: factor of the logits, usually `D ** -0.5`.
         out_dtype: a float dtype.
 
     Returns:
         `[B, H, Sq, D]`, laid out in memory as `[B, Sq, H, D]`, in which order the next linear reads
         it. With `S = (q @ k.T) * q_scale * k_scale * softmax_scale` and
-        `P = exp(S - rowmax(S))` in fp32, it is `e4m3(256 P) @ v * v_scale / (256 sum(P))`: P is
-        rounded to e4m3 where it meets v, as 8-bit tensor cores need it, and summed unrounded.
+        `P = exp(S - rowmax(S))` in fp32, it is `e4m3(256 P) @ v * v_scale / (256 sum(P))`, or the
+        same with bf16: P is rounded where it meets v, as tensor cores need it, and summed
+        unrounded.
     """
     check_attention(q, k, v, q_scale, k_scale, v_scale, out_dtype)
-    keys, values = decode(k).transpose(-2, -1), decode(quantized_values(v, v_scale))
+    rounded = quantized_values(v, v_scale)
+    keys, values = decode(k).transpose(-2, -1), decode(rounded)
     logit_scale = (q_scale * k_scale * softmax_scale)[:, None, None]
-    out_scale = v_scale[:, None, None] / P_RANGE
+    out_scale = 1 / P_RANGE if v_scale is None else v_scale[:, None, None] / P_RANGE
     out = empty_output(q, out_dtype)
     batch, heads, tokens, _ = q.shape
     for rows in row_chunks(tokens, batch * heads * k.shape[2], q.device):
         logits = (decode(q[:, :, rows]) @ keys).mul_(logit_scale)
-        out[:, :, rows] = _attend(logits, values).mul_(out_scale)
+        out[:, :, rows] = _attend(logits, values, rounded.dtype).mul_(out_scale)
     return out
 
 
@@ -59,7 +62,7 @@ def fake_scaled_attention(
     v: Tensor,
     q_scale: Tensor,
     k_scale: Tensor,
-    v_scale: Tensor,
+    v_scale: Tensor | None,
     softmax_scale: float,
     out_dtype: torch.dtype,
 ) -> Tensor:
@@ -74,16 +77,18 @@ def empty_output(q: Tensor, dtype: torch.dtype) -> Tensor:
     return q.new_empty((batch, tokens, heads, channels), dtype=dtype).transpose(1, 2)
 
 
-def quantized_values(v: Tensor, v_scale: Tensor) -> Tensor:
-    """`v` in e4m3, rounded unless it is that already."""
+def quantized_values(v: Tensor, v_scale: Tensor | None) -> Tensor:
+    """`v` in e4m3, rounded unless it is that already; in bf16 where there is no `v_scale`."""
+    if v_scale is None:
+        return v.to(torch.bfloat16)
     return v if v.dtype == FP8 else quantize(v, v_scale[:, None, None], FP8)
 
 
-def _attend(logits: Tensor, values: Tensor) -> Tensor:
-    """`P_RANGE` times softmax(logits) @ values, P in e4m3; overwrites `logits`."""
+def _attend(logits: Tensor, values: Tensor, dtype: torch.dtype) -> Tensor:
+    """`P_RANGE` times softmax(logits) @ values, P in `dtype`; overwrites `logits`."""
     weights = logits.sub_(logits.amax(-1, keepdim=True)).exp_()
     total = weights.sum(-1, keepdim=True)
-    return (decode(weights.mul_(P_RANGE).to(FP8)) @ values).div_(total)
+    return (decode(weights.mul_(P_RANGE).to(dtype)) @ values).div_(total)
 
 
 def check_attention(
@@ -92,17 +97,19 @@ def check_attention(
     v: Tensor,
     q_scale: Tensor,
     k_scale: Tensor,
-    v_scale: Tensor,
+    v_scale: Tensor | None,
     out_dtype: torch.dtype,
 ) -> None:
     """Raise InputError unless the arguments are those of `scaled_attention`."""
     fits = is_8bit(q.dtype) and k.dtype == q.dtype and v.is_floating_point()
     fits = fits and q.dim() == k.dim() == v.dim() == 4 and out_dtype.is_floating_point
     fits = fits and k.shape == v.shape and q.shape[:2] == k.shape[:2] and q.shape[3] == k.shape[3]
-    fits = fits and all(is_scale(scale, q.shape[1]) for scale in (q_scale, k_scale, v_scale))
+    fits = fits and (v_scale is not None or v.dtype != FP8)
+    scales = (q_scale, k_scale) if v_scale is None else (q_scale, k_scale, v_scale)
+    fits = fits and all(is_scale(scale, q.shape[1]) for scale in scales)
     need = (
         "q [B, H, Sq, D] and k [B, H, Sk, D] both int8 or both float8_e4m3fn, v a float "
-        "shaped like k, three scales float32[H], a float out_dtype"
+        "shaped like k, scales float32[H] (of v only if it is rounded to 8 bits), a float out_dtype"
     )
     got = (q, k, v, q_scale, k_scale, v_scale, out_dtype)
     require(fits, "scaled_attention", need, *got)

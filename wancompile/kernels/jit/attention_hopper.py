@@ -24,6 +24,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import torch
 import triton
 from torch import Tensor
 from triton.experimental import gluon
@@ -94,6 +95,12 @@ def _logits(q, keys, PRODUCT: gl.constexpr):
 
 
 @gluon.jit
+def _right_operand(v):
+    """A block of values as `[keys, D]`: e4m3 is stored transposed, as tensor cores need it."""
+    return v if v.dtype == gl.bfloat16 else v.permute((1, 0))
+
+
+@gluon.jit
 def _step(
     block, state, group, shared, factor, k_tokens,
     LAST: gl.constexpr, EVERY: gl.constexpr,
@@ -101,14 +108,15 @@ def _step(
     """Multiply the weights of `block` by v, and make those of the next one, which `LAST` masks."""
     words, peak, total, result = state
     queries, keys, values, turns = shared
+    V: gl.constexpr = values[0].dtype
     GROUPS: gl.constexpr = queries.shape[0]
     SIZE: gl.constexpr = keys[0].shape[1]
     OUT: gl.constexpr = result.type.layout
     LOGITS: gl.constexpr = peak.type.layout.parent
-    weight = operand(words, OUT)
+    weight = operand(words, OUT, V)
     mbarrier.wait(turns.index(group), (block + (group == 0)) & 1)
     logits = _logits(queries.index(group), buffer(keys, block + 1), LOGITS)
-    v = buffer(values, block).permute((1, 0))
+    v = _right_operand(buffer(values, block))
     result = warpgroup_mma(weight, v, result, is_async=True)
     mbarrier.arrive(turns.index((group + 1) % GROUPS))
     logits = warpgroup_mma_wait(1, [logits]).to(gl.float32, bitcast=True)
@@ -123,7 +131,7 @@ def _step(
         wait(keys, block + 2)
     result = warpgroup_mma_wait(0, [result])
     # The product by v reads the old words till then, the new ones may take their registers.
-    return rounded(exps), peak, total, rescale(result, decay)
+    return rounded(exps, V), peak, total, rescale(result, decay)
 
 
 @gluon.jit
@@ -134,7 +142,9 @@ def _attend(group, common, EVERY: gl.constexpr):
     SIZE: gl.constexpr = keys[0].shape[1]
     D: gl.constexpr = keys[0].shape[2]
     LOGITS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, SIZE, 32])
-    OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 32])
+    V: gl.constexpr = values[0].dtype
+    K_OF_V: gl.constexpr = 256 // V.primitive_bitwidth
+    OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, K_OF_V])
     last = (k_tokens + SIZE - 1) // SIZE - 1
     mbarrier.wait(q_full, 0)
     wait(keys, 0)
@@ -145,7 +155,7 @@ def _attend(group, common, EVERY: gl.constexpr):
     total = thread_sums(gl.zeros([ROWS, SIZE], gl.float32, LOGITS))
     logits = mask(logits, 0, k_tokens)
     peak, total, _decay, exps = online_softmax(logits, peak, total, factor, EVERY)
-    state = rounded(exps), peak, total, gl.zeros([ROWS, D], gl.float32, OUT)
+    state = rounded(exps, V), peak, total, gl.zeros([ROWS, D], gl.float32, OUT)
     wait(values, 0)
     if last > 0:
         wait(keys, 1)
@@ -154,8 +164,8 @@ def _attend(group, common, EVERY: gl.constexpr):
     if last > 0:
         state = _step(last - 1, state, group, shared, factor, k_tokens, True, EVERY)
     words, peak, total, result = state
-    v = buffer(values, last).permute((1, 0))
-    result = warpgroup_mma(operand(words, OUT), v, result, is_async=True)
+    v = _right_operand(buffer(values, last))
+    result = warpgroup_mma(operand(words, OUT, V), v, result, is_async=True)
     result = warpgroup_mma_wait(0, [result])
     whole = gl.convert_layout(gl.sum(total, 1), gl.SliceLayout(1, OUT))
     _store(result * (v_scale / whole)[:, None], to, first + group * ROWS, q_tokens)
@@ -175,7 +185,8 @@ def _store(result, to, first, q_tokens):
 def _load(descriptors, rows, shared, q_full, k_tokens):
     """What the loading warp does."""
     q, k, v = descriptors
-    q_row, k_row, v_row = rows
+    q_row, k_row, v_at = rows
+    v_row, v_column = v_at
     queries, keys, values, _turns = shared
     GROUPS: gl.constexpr = queries.shape[0]
     SIZE: gl.constexpr = k.block_shape[0]
@@ -184,7 +195,10 @@ def _load(descriptors, rows, shared, q_full, k_tokens):
         tma.async_copy_global_to_shared(q, [q_row + group * ROWS, 0], q_full, queries.index(group))
     for block in range((k_tokens + SIZE - 1) // SIZE):
         fill(keys, k, block, k_row + block * SIZE, 0)
-        fill(values, v, block, v_row, block * SIZE)
+        if v.dtype == gl.bfloat16:
+            fill(values, v, block, v_row + block * SIZE, v_column)
+        else:
+            fill(values, v, block, v_row, block * SIZE)
 
 
 @gluon.jit(do_not_specialize=["q_tokens", "k_tokens"])
@@ -200,7 +214,7 @@ def _attention_hopper(
     both = gl.program_id(1)
     head = both % heads
     factor = gl.load(q_scale + head) * gl.load(k_scale + head) * softmax_scale
-    scale = gl.load(v_scale + head)
+    scale = 1.0 if v_scale is None else gl.load(v_scale + head)
     first = gl.program_id(0) * (GROUPS * ROWS)
     out += (both // heads).to(gl.int64) * strides[0] + head.to(gl.int64) * strides[1]
     D: gl.constexpr = q.block_shape[1]
@@ -213,7 +227,8 @@ def _attention_hopper(
         make_barriers(GROUPS, 1),
     )
     fence_async_shared()
-    rows = both * q_tokens + first, both * k_tokens, both * D
+    values = (both // heads * k_tokens, head * D) if v.dtype == gl.bfloat16 else (both * D, 0)
+    rows = both * q_tokens + first, both * k_tokens, values
     load = (q, k, v), rows, shared, q_full, k_tokens
     common = shared, q_full, (out, strides[2]), factor, scale, first, q_tokens, k_tokens
     if GROUPS == 2:
@@ -232,7 +247,8 @@ def _attention_hopper(
 
 
 def _descriptor(rows: Tensor, block: list[int]) -> TensorDescriptor:
-    layout = gl.NVMMASharedLayout.get_default_for(block, gl.int8)
+    dtype = gl.bfloat16 if rows.dtype == torch.bfloat16 else gl.int8
+    layout = gl.NVMMASharedLayout.get_default_for(block, dtype)
     return TensorDescriptor.from_tensor(rows, block, layout)
 
 
@@ -240,7 +256,7 @@ def launch(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    scales: tuple[Tensor, Tensor, Tensor],
+    scales: tuple[Tensor, Tensor, Tensor | None],
     softmax_scale: float,
     out: Tensor,
     tile: Tile | None = None,
@@ -251,19 +267,22 @@ def launch(
         q: `[B, H, Sq, D]`, int8 or e4m3, D 64 or 128; like k and v contiguous and at an address
             divisible by 16, none of them empty.
         k: `[B, H, Sk, D]`, of the dtype of `q`.
-        v: `[B * H * D, S]`, e4m3, what `attention.transpose_values` makes of `[B, H, Sk, D]`.
-        scales: of q, k and v, each `[H]` fp32, contiguous.
+        v: `[B * H * D, S]`, e4m3, what `attention.transpose_values` makes of `[B, H, Sk, D]`; or
+            `[B * Sk, H * D]`, bf16, rows any multiple of 8 apart.
+        scales: of q, k and v, each `[H]` fp32, contiguous; of v None where it is bf16.
         softmax_scale: factor of the logits, > 0.
         out: `[B, H, Sq, D]`, a float of at most 32 bits; any strides but the last, which is 1.
         tile: None for the fastest measured on an H100.
     """
-    tile = tile or (_INT8_TILE if q.dtype == INT8 else Tile())
+    in_8_bits = v.dtype != torch.bfloat16
+    tile = tile or (_INT8_TILE if q.dtype == INT8 and in_8_bits else Tile())
     batch, heads, q_tokens, channels = q.shape
     rows: int = ROWS.value
+    values = [channels, tile.keys] if in_8_bits else [tile.keys, channels]
     _attention_hopper[(triton.cdiv(q_tokens, tile.groups * rows), batch * heads)](
         _descriptor(q.view(-1, channels), [rows, channels]),
         _descriptor(k.view(-1, channels), [tile.keys, channels]),
-        _descriptor(v, [channels, tile.keys]),
+        _descriptor(v, values),
         out,
         *scales,
         softmax_scale * math.log2(math.e),

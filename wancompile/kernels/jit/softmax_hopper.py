@@ -78,10 +78,11 @@ _EXP2 = gl.constexpr({n: _exp2_asm(n) for n in (2, 4, 8)})
 _EXP2_OPERANDS = gl.constexpr({n: _operands(n, n) for n in (2, 4, 8)})
 _RESCALE = gl.constexpr({d: _rescale_asm(d // 2) for d in (64, 128)})
 _RESCALE_OPERANDS = gl.constexpr({d: _operands(d // 2, d) for d in (64, 128)})
-_ROUND = gl.constexpr("""{ .reg .b16 low, high;
+_ROUND_TO_E4M3 = gl.constexpr("""{ .reg .b16 low, high;
     cvt.rn.satfinite.e4m3x2.f32 low, $2, $1;
     cvt.rn.satfinite.e4m3x2.f32 high, $4, $3;
     mov.b32 $0, {low, high}; }""")
+_ROUND_TO_BF16 = gl.constexpr("cvt.rn.bf16x2.f32 $0, $2, $1;")
 
 
 @gluon.jit
@@ -109,12 +110,30 @@ def rescale(result, decay):
 
 
 @gluon.jit
-def rounded(weight):
-    """`weight [64, n]` in e4m3, four neighbours to a word: int32 `[64, n / 4]`.
+def rounded(weight, TO: gl.constexpr):
+    """`weight [64, n]` in `TO`, e4m3 or bf16, the neighbours of a thread packed into int32 words.
+
+    Loops carry the words, for smaller values would take a register each.
+    """
+    return _rounded_to_bf16(weight) if gl.bfloat16 == TO else _rounded_to_e4m3(weight)
+
+
+@gluon.jit
+def _rounded_to_bf16(weight):
+    """int32 `[64, n / 2]`: the two neighbours that a thread holds of 8 columns are a word."""
+    n: gl.constexpr = weight.shape[1]
+    even, odd = gl.split(weight.reshape([ROWS, n // 2, 2]))
+    asm: gl.constexpr = _ROUND_TO_BF16
+    return gl.inline_asm_elementwise(asm, "=r,f,f", [even, odd], gl.int32, True, 1)
+
+
+@gluon.jit
+def _rounded_to_e4m3(weight):
+    """int32 `[64, n / 4]`.
 
     Of 16 columns of a product, a thread holds four, 0 1 8 9, 2 3 10 11 and so on; of an 8-bit
     operand it has to hold four neighbours. Columns are renamed so that they are neighbours, and
-    rows of v are ordered alike. Loops carry the words, for bytes would take a register each.
+    rows of v are ordered alike.
     """
     n: gl.constexpr = weight.shape[1]
     columns = weight.reshape([ROWS, n // 16, 2, 4, 2]).permute([0, 1, 3, 2, 4])
@@ -122,18 +141,24 @@ def rounded(weight):
     first, third = gl.split(even)
     second, fourth = gl.split(odd)
     four = [first, second, third, fourth]
-    words = gl.inline_asm_elementwise(_ROUND, "=r,f,f,f,f", four, gl.int32, True, 1)
+    asm: gl.constexpr = _ROUND_TO_E4M3
+    words = gl.inline_asm_elementwise(asm, "=r,f,f,f,f", four, gl.int32, True, 1)
     return words.reshape([ROWS, n // 4])
 
 
 @gluon.jit
-def operand(words, PRODUCT: gl.constexpr):
-    """The e4m3 `[64, n]` in `words`, as left operand of a product with layout `PRODUCT`."""
-    pairs = gl.join(words, words)
-    four = gl.join(pairs, pairs).reshape([ROWS, words.shape[1] * 4])
-    asm: gl.constexpr = "mov.b32 $0, $1;"
-    weight = gl.inline_asm_elementwise(asm, "=r,r,r,r,r", [four], gl.float8e4nv, True, 4)
-    return gl.convert_layout(weight, gl.DotOperandLayout(0, PRODUCT, 4), assert_trivial=True)
+def operand(words, PRODUCT: gl.constexpr, TO: gl.constexpr):
+    """What `rounded` made `words` of, as left operand of a product with layout `PRODUCT`."""
+    two = gl.join(words, words)
+    move: gl.constexpr = "mov.b32 $0, $1;"
+    if gl.bfloat16 == TO:
+        wide = two.reshape([ROWS, words.shape[1] * 2])
+        weight = gl.inline_asm_elementwise(move, "=r,r,r", [wide], gl.bfloat16, True, 2)
+    else:
+        wide = gl.join(two, two).reshape([ROWS, words.shape[1] * 4])
+        weight = gl.inline_asm_elementwise(move, "=r,r,r,r,r", [wide], gl.float8e4nv, True, 4)
+    layout: gl.constexpr = gl.DotOperandLayout(0, PRODUCT, 32 // TO.primitive_bitwidth)
+    return gl.convert_layout(weight, layout, assert_trivial=True)
 
 
 @gluon.jit
