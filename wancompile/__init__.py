@@ -1,16 +1,19 @@
 """A graph-rewriting 8-bit quantization compiler for the Wan video diffusion transformers."""
 
 from wancompile.api import calibrate, compile, trace
+from wancompile.artifact.load import load
 from wancompile.compiled import CompiledModel
-from wancompile.errors import WancompileError
+from wancompile.errors import ArtifactError, WancompileError
 from wancompile.ir.levels import Level
 from wancompile.ir.site import Attention, Group, Role, Site
 from wancompile.program import Program
 from wancompile.quant.stats import Stats
 from wancompile.recipe import QSpec, Recipe, Rule
 from wancompile.report import Report
+from wancompile.samples import Sample
 
 __all__ = [
+    "ArtifactError",
     "Attention",
     "CompiledModel",
     "Group",
@@ -21,11 +24,13 @@ __all__ = [
     "Report",
     "Role",
     "Rule",
+    "Sample",
     "Site",
     "Stats",
     "WancompileError",
     "calibrate",
     "compile",
+    "load",
     "trace",
 ]
 __version__ = "0.1.0"

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from wancompile import passes, pipeline
+from wancompile.artifact.save import save
 from wancompile.program import Program
 from wancompile.report import Report
 from wancompile.samples import wrap_output
@@ -52,6 +54,17 @@ class CompiledModel(torch.nn.Module):
         with torch.no_grad():
             leaves = self.graph(*signature.bind((), call))
         return wrap_output(signature.unflatten(leaves), call)
+
+    def save(self, folder: str | Path) -> None:
+        """Write the model to `folder`, for `wancompile.load`: weights in their 8 bits, no pickle.
+
+        The folder appears whole or not at all, and may replace an older one.
+
+        Raises:
+            ArtifactError: something cannot be saved, the disk is full, or `folder` holds files that
+                are no part of an artifact.
+        """
+        save(self._fused, self.report, self.config, self._dtype, folder)
 
     @property
     def dtype(self) -> torch.dtype:

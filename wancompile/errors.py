@@ -54,3 +54,7 @@ class CalibrationError(WancompileError):
 
 class NumericsError(WancompileError):
     """A weight holds NaN or infinity, or a rewrite that must be exact changed the output."""
+
+
+class ArtifactError(WancompileError):
+    """A model cannot be saved, or what was saved is damaged, foreign or newer."""

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from tabulate import tabulate
 
+from wancompile.artifact import facts
 from wancompile.ir.site import Group, Role, Ungrouped
 from wancompile.program import PassRecord, Program
 from wancompile.recipe import Recipe
@@ -61,6 +63,16 @@ class Report:
             for role in Role
             if (found := [group for group in self.groups if group.role is role])
         )
+
+    def to_data(self) -> dict[str, Any]:
+        """Return the report as JSON data."""
+        data: dict[str, Any] = facts.to_data(self)
+        return data
+
+    @classmethod
+    def from_data(cls, data: Mapping[str, Any]) -> Report:
+        """Return the report that `to_data` wrote; raise `ArtifactError` for anything else."""
+        return facts.from_data(cls, data)
 
     def with_program(self, program: Program) -> Report:
         """Return the report brought up to date with a later program of the same model."""
