@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from wancompile.demo.quality import psnr, ssim
+from wancompile.demo.quality import psnr, ssim, temporal_error
 
 SHAPE = (2, 1, 3, 12, 10)
 C1, C2 = 0.02**2, 0.06**2
@@ -84,6 +84,27 @@ def test_each_video_has_its_own_value():
     assert likeness[1] < 0.5
     assert decibels[0] == math.inf
     assert decibels[1] < 10
+
+
+def test_what_stands_still_is_no_temporal_error():
+    one, picture = video(9) / 2, video(10)[:, :, :1] / 2
+    assert temporal_error(one + picture, one).tolist() == pytest.approx([0, 0], abs=1e-7)
+
+
+def test_temporal_error_of_a_flicker():
+    """Every other frame is 0.3 brighter, so each change is off by 0.3, of a range of 2."""
+    still = torch.zeros(SHAPE)
+    flickering = still.clone()
+    flickering[1, :, 1] = 0.3
+    assert temporal_error(flickering, still).tolist() == pytest.approx([0, 0.15])
+    assert temporal_error(still, flickering).tolist() == pytest.approx([0, 0.15])
+
+
+def test_changes_count_by_their_square():
+    still = torch.zeros(1, 1, 3, 4, 4)
+    brighter_at_the_end = still.clone()
+    brighter_at_the_end[:, :, 2] = 0.4
+    assert temporal_error(brighter_at_the_end, still).item() == pytest.approx(0.2 / math.sqrt(2))
 
 
 @pytest.mark.parametrize("measure", [psnr, ssim])

@@ -1,4 +1,4 @@
-"""How near two videos are, for people: PSNR and SSIM."""
+"""How near two videos are, for people: PSNR, SSIM and whether they move alike."""
 
 from __future__ import annotations
 
@@ -34,6 +34,17 @@ def ssim(a: Tensor, b: Tensor) -> Tensor:
     luminance = (2 * mean_x * mean_y + c1) / (mean_x**2 + mean_y**2 + c1)
     structure = (2 * joint + c2) / (spread_x + spread_y + c2)
     return (luminance * structure).view(len(a), -1).mean(1)
+
+
+def temporal_error(a: Tensor, b: Tensor) -> Tensor:
+    """Return how differently videos `[B, C, F, H, W]` in [-1, 1] change from frame to frame, `[B]`.
+
+    The root of the mean squared difference of their changes, as a share of the range: flicker that
+    neither PSNR nor SSIM tells from an error that stands still. 0 for equal videos, and for those
+    that differ by a still picture.
+    """
+    changes_a, changes_b = (video.double().diff(dim=2) for video in (a, b))
+    return (changes_a - changes_b).square().flatten(1).mean(1).sqrt() / _RANGE
 
 
 def _blur(images: Tensor) -> Tensor:
