@@ -133,6 +133,11 @@ class Program:
             pass_name=pass_name,
         )
 
+    @property
+    def walked(self) -> Graph:
+        """The graph whose nodes `watched` shows."""
+        return self.module.graph
+
     def watched(self, watch: Watch, *args: Any, **kwargs: Any) -> Any:
         """Run the program as a call does, and show `watch` every op, its operands and its result.
 

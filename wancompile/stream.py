@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import Node, map_arg
+from torch.fx import Graph, Node, map_arg
 
 from wancompile.ir import edit
-from wancompile.program import Program
+from wancompile.program import Program, Watch
 
 BUDGET = 1 << 30
 """Bytes of weights on the device at a time, unless one node reads more: a block of the largest
@@ -61,6 +61,7 @@ class Stream:
         self._device = device
         graph = edit.copy_graph(program.graph)
         edit.retarget(graph, device)
+        self._graph = graph
         self._nodes = list(graph.nodes)
         readers = _readers(self._nodes)
         written = _written(self._nodes)
@@ -77,21 +78,30 @@ class Stream:
         """The most bytes of large weights that were on the device at once."""
         return self._weights.peak
 
+    @property
+    def walked(self) -> Graph:
+        """The graph whose nodes `watched` shows."""
+        return self._graph
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the program; arguments are those of the traced model's forward."""
+        return self.watched(None, *args, **kwargs)
+
+    def watched(self, watch: Watch | None, *args: Any, **kwargs: Any) -> Any:
+        """Run the program and show `watch` every op, its operands and its result."""
         tensors = self.signature.bind(args, kwargs)
         home = tensors[0].device
         inputs = (tensor.to(self._device) for tensor in tensors)
         try:
             with torch.no_grad():
-                leaves = self._leaves(inputs)
+                leaves = self._leaves(inputs, watch)
         finally:
             self._weights.clear()
         return self.signature.unflatten(
             [leaf.to(home) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         )
 
-    def _leaves(self, inputs: Iterator[Tensor]) -> Any:
+    def _leaves(self, inputs: Iterator[Tensor], watch: Watch | None) -> Any:
         values: dict[Node, Any] = {}
 
         def value(node: Node) -> Any:
@@ -108,7 +118,11 @@ class Stream:
                 values[node] = next(inputs)
             elif node.op == "call_function":
                 target: Any = node.target
-                values[node] = target(*map_arg(node.args, value), **map_arg(node.kwargs, value))
+                operands: Any = map_arg(node.args, value)
+                values[node] = target(*operands, **map_arg(node.kwargs, value))
+                if watch is not None:
+                    watch(node, operands, values[node])
+                del operands  # what is dead goes before the next op, not after it
             self._weights.after(step)
             for dead in self._dying.get(step, ()):
                 values.pop(dead, None)

@@ -14,11 +14,11 @@ from torch.utils import _pytree as pytree
 
 from wancompile.ir import match
 from wancompile.ir.blocks import block_outputs
-from wancompile.ir.levels import Level
 from wancompile.ir.site import Site
 from wancompile.ops.attention import quantized_values
 from wancompile.program import Program
 from wancompile.quant.numerics import QMAX
+from wancompile.stream import place
 
 # Of each value at most so many tokens are kept, and fewer where they are wide.
 TOKENS, VALUES = 64, 1 << 16
@@ -52,19 +52,26 @@ class Record:
 
 
 def take(
-    program: Program, call: Mapping[str, Any], sites: Iterable[Site] | None = None
+    program: Program,
+    call: Mapping[str, Any],
+    sites: Iterable[Site] | None = None,
+    *,
+    blocks: bool = True,
+    device: torch.device | None = None,
 ) -> tuple[Any, Record]:
     """Run `program` on `call`; return what it returns, and the record of it.
 
     Args:
-        program: at any level, with weights. Blocks are told apart only below FUSED, where what
-            leaves one is a value of its own.
-        call: named arguments of forward, moved to the device of the program.
+        program: at any level, with weights.
+        call: named arguments of forward; tensors may be anywhere.
         sites: of which samples are kept; all if not given.
+        blocks: whether what leaves each block is sampled. In fused programs no value is just that.
+        device: where to run; weights that are elsewhere come and go, see `stream`.
     """
     wanted = None if sites is None else frozenset(sites)
-    recorder = _Recorder(program.module.graph, program.level, wanted)
-    output = program.watched(recorder, **on_device(call, program.device))
+    run = place(program, device)
+    recorder = _Recorder(run.walked, blocks, wanted)
+    output = run.watched(recorder, **on_device(call, device or program.device))
     leaves = tuple(leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor))
     for leaf in leaves:
         recorder.count_broken(OUTPUT, leaf)
@@ -78,10 +85,16 @@ OUTPUT = "output"
 """How the output of the model is called among sites and blocks."""
 
 
-def on_device(call: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
-    """Return `call` with its tensors on `device`."""
-    moved: dict[str, Any] = pytree.tree_map_only(Tensor, lambda one: one.to(device), dict(call))
-    return moved
+def on_device(
+    call: Mapping[str, Any], device: torch.device, *, copy: bool = False
+) -> dict[str, Any]:
+    """Return `call` with its tensors on `device`, as copies even if they are there already."""
+
+    def moved(tensor: Tensor) -> Tensor:
+        return tensor.detach().to(device, copy=copy)
+
+    result: dict[str, Any] = pytree.tree_map_only(Tensor, moved, dict(call))
+    return result
 
 
 def tokens_of(x: Tensor) -> Tensor:
@@ -102,7 +115,7 @@ class _Recorder:
     """Looks at every op of a run and keeps what a record wants."""
 
     graph: Graph
-    level: Level
+    has_blocks: bool
     wanted: frozenset[Site] | None
     sites: dict[Site, Tensor] = field(default_factory=dict)
     blocks: dict[str, Tensor] = field(default_factory=dict)
@@ -111,7 +124,7 @@ class _Recorder:
     own: dict[Site, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self._leaving = block_outputs(self.graph) if self.level < Level.FUSED else {}
+        self._leaving = block_outputs(self.graph) if self.has_blocks else {}
         attentions = [node for node in self.graph.nodes if _is_8bit_attention(node)]
         self._attentions = frozenset(attentions)
         self._rounding = {
