@@ -105,7 +105,7 @@ class _Shared:
         _let_go(self.draft, weight)
 
     def _input(self, node: Node, spec: QSpec) -> tuple[Node, Node]:
-        producer, inverse = _take_up_scale(match.args(node)[0])
+        producer, inverse = take_up_scale(match.args(node)[0])
         key = (producer, str(inverse.target) if inverse is not None else "", spec.torch_dtype)
         if key not in self.inputs:
             call = self.draft.call
@@ -137,7 +137,7 @@ def _quantized_weight(
         raise NumericsError(error.reason, site=site, source=source) from error
 
 
-def _take_up_scale(x: Any) -> tuple[Node, Node | None]:
+def take_up_scale(x: Any) -> tuple[Node, Node | None]:
     """Return the value before a multiply by a stored vector over its channels, and the vector."""
     product = match.strip(x)
     if not match.is_op(product, aten.mul.Tensor):

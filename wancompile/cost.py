@@ -139,15 +139,19 @@ class Costs:
 
     def of(self, recipe: Recipe, groups: Sequence[Group]) -> float:
         """Return the milliseconds of one call under `recipe`."""
-        types = {group.key: recipe.spec_for(group) for group in groups}
-        total = self.fixed
+        options = self.options(recipe, groups)
+        return self.fixed + sum(one.ms[name] for one, name in zip(self.sites, options, strict=True))
+
+    def options(self, recipe: Recipe, groups: Sequence[Group]) -> list[str]:
+        """Return what each of `sites` is in under `recipe`."""
+        specs = {group.key: recipe.spec_for(group) for group in groups}
+        found = []
         for one in self.sites:
-            spec = types.get(one.site)
+            spec = specs.get(one.site)
             dtype = spec.dtype if spec else None
-            if one.site not in types:
-                dtype = recipe.attention_for(one.site)
-            total += one.ms[dtype or FLOAT]
-        return total
+            is_group = one.site in specs
+            found.append((dtype if is_group else recipe.attention_for(one.site)) or FLOAT)
+        return found
 
 
 def costs(program: Program, *, tokens: int | None = None, device: str = "h100") -> Costs:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatchcase
@@ -128,11 +129,11 @@ class Recipe:
                     f"nearest are {', '.join(_nearest(rule.pattern, names))}"
                 )
         sites = [one.site for one in attentions]
-        for rule in self.attention_rules:
-            if not any(map(rule.matches, sites)):
-                nearest = _nearest(rule.pattern, [str(site) for site in sites])
+        for one in self.attention_rules:
+            if not any(map(one.matches, sites)):
+                nearest = _nearest(one.pattern, [str(site) for site in sites])
                 raise RecipeError(
-                    f"the rule {rule.pattern!r} matches no attention; "
+                    f"the rule {one.pattern!r} matches no attention; "
                     f"nearest are {', '.join(nearest)}"
                 )
 
@@ -149,6 +150,19 @@ class Recipe:
         """Return the recipe as JSON."""
         return json.dumps(asdict(self), indent=2)
 
+    @staticmethod
+    def auto(
+        *,
+        max_error: float | None = None,
+        max_ms: float | None = None,
+        tokens: int | None = None,
+        types: Sequence[str] = tuple(DTYPES),
+        attention: bool = True,
+        device: str = "h100",
+    ) -> Auto:
+        """Return a request for the recipe that suits a budget; see `Auto`."""
+        return Auto(max_error, max_ms, tokens, tuple(types), attention, device)
+
     @classmethod
     def from_json(cls, text: str) -> Recipe:
         """Return the recipe that `to_json` wrote; raise `RecipeError` for anything else."""
@@ -160,6 +174,46 @@ class Recipe:
             return cls(**{**data, **parts, "attention_rules": of_attentions})
         except (ValueError, KeyError, TypeError) as error:
             raise RecipeError(f"this is no recipe: {error}") from error
+
+
+@dataclass(frozen=True)
+class Auto:
+    """A wish in the place of a recipe: `compile` chooses a type for each site after calibration.
+
+    `max_error` is the largest relative L2 error of the model's output on held-out calls; within it
+    the time is least. `max_ms` is the longest time, in milliseconds, of one call of all of the
+    model's blocks with `tokens` video tokens (by default those of the first call seen); within it
+    the error is least. With both, the error must be reached in the time. `types` may be used, for
+    self-attention too if `attention` is set, as fast as they were measured on `device`.
+    """
+
+    max_error: float | None = None
+    max_ms: float | None = None
+    tokens: int | None = None
+    types: tuple[str, ...] = tuple(DTYPES)
+    attention: bool = True
+    device: str = "h100"
+
+    def __post_init__(self) -> None:
+        budgets = {"max_error": self.max_error, "max_ms": self.max_ms}
+        if all(one is None for one in budgets.values()):
+            raise RecipeError("an automatic recipe needs max_error or max_ms")
+        for name, one in (*budgets.items(), ("tokens", self.tokens)):
+            if one is not None and not (_is_number(one) and 0 < one < math.inf):
+                raise RecipeError(f"{name} is a positive number, not {one!r}")
+        unknown = [one for one in self.types if one not in DTYPES]
+        if unknown or not self.types:
+            raise RecipeError(f"types are some of {', '.join(DTYPES)}, not {self.types!r}")
+
+    @property
+    def name(self) -> str:
+        """The name of the recipe that this becomes."""
+        budgets = (("max_error", self.max_error), ("max_ms", self.max_ms))
+        return "auto " + ", ".join(f"{name} {one:g}" for name, one in budgets if one is not None)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _check_attention(dtype: str | None) -> None:

@@ -1,0 +1,189 @@
+"""What each site does alone, against programs in which really only that site is rounded."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from functools import cache
+
+import pytest
+import torch
+import zoo
+
+import wancompile
+from wancompile import passes, pipeline
+from wancompile.errors import CalibrationError, InputError, LevelError, NumericsError, RecipeError
+from wancompile.pipeline import relative_error
+from wancompile.recipe import AttentionRule, QSpec, Recipe, Rule
+from wancompile.sensitivity import HeldOut, Sensitivity, everything_in, sensitivity
+from wancompile.trials import Branches, trials
+
+TYPES = ("int8", "fp8")
+
+
+class Subject:
+    """A small model, its program, statistics, and calls that it was not calibrated on."""
+
+    def __init__(self, variant: str) -> None:
+        self.model, self.first = zoo.make(variant)
+        seen = [self.first, zoo.example(variant)]
+        self.program = wancompile.trace(self.model, self.first)
+        self.stats = wancompile.calibrate(self.model, seen)
+        self.calls = [zoo.example(variant, seed=5), zoo.example(variant, seed=6, batch=1)]
+        self.found = sensitivity(self.program, self.calls, self.stats)
+
+    def really(self, recipe: Recipe) -> float:
+        """The error of a program that was rewritten for the recipe."""
+        steps = passes.smoothing(recipe, self.stats)
+        steps += passes.quantization(recipe, self.stats)
+        return self.error(pipeline.run(self.program, steps))
+
+    def error(self, program) -> float:
+        pairs = [(program(**call)[0], self.program(**call)[0]) for call in self.calls]
+        actual, expected = zip(*pairs, strict=True)
+        return relative_error(*(torch.cat([x.flatten() for x in y]) for y in (actual, expected)))
+
+
+made = cache(Subject)
+
+
+@pytest.fixture(params=["t2v", "fused_i2v"])
+def subject(request):
+    return made(request.param)
+
+
+@pytest.fixture
+def t2v():
+    return made("t2v")
+
+
+def only(group_or_attention: str, dtype: str) -> Recipe:
+    if group_or_attention.endswith(":attention"):
+        rules = (AttentionRule(group_or_attention, dtype),)
+        return Recipe("one", None, attention_rules=rules)
+    return Recipe("one", None, (Rule(group_or_attention, QSpec(dtype)),))
+
+
+def test_there_is_an_error_for_every_site_and_type(subject):
+    sites = [str(group.key) for group in subject.program.groups]
+    sites += [str(one.site) for one in subject.program.attentions if one.is_self]
+    found = {(one.site, one.dtype) for one in subject.found.sites}
+    assert found == {(site, dtype) for site in sites for dtype in TYPES}
+
+
+def test_a_group_alone_errs_as_if_compiled_alone(subject):
+    for one in subject.found.sites:
+        if one.role != "self-attention":
+            really = subject.really(only(one.site, one.dtype))
+            assert one.error == pytest.approx(really, rel=0.01), (one.site, one.dtype)
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+def test_an_attention_errs_as_if_rounded_alone_in_the_smoothed_program(subject, dtype):
+    # Smoothing scales the channels of v, so that without it other numbers are rounded.
+    smoothed = pipeline.run(subject.program, passes.smoothing(everything_in(dtype), subject.stats))
+    found = [one for one in subject.found.sites if one.role == "self-attention"]
+    for one in (one for one in found if one.dtype == dtype):
+        steps = passes.quantization(only(one.site, dtype), subject.stats)
+        really = subject.error(pipeline.run(smoothed, steps))
+        assert one.error == pytest.approx(really, rel=1e-3), one.site
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+def test_all_together_err_as_if_compiled(subject, dtype):
+    (together,) = (one for one in subject.found.together if one.dtype == dtype)
+    assert together.error == pytest.approx(subject.really(everything_in(dtype)), rel=0.01)
+    alone = [one.error for one in subject.found.sites if one.dtype == dtype]
+    assert together.predicted == pytest.approx(math.sqrt(sum(one * one for one in alone)))
+    assert 0.5 < together.error / together.predicted < 2
+
+
+def test_a_mixture_errs_as_if_compiled(t2v):
+    rules = (Rule("ffn_*", QSpec("fp8")), Rule("blocks.1.attn2.*", None))
+    recipe = Recipe("mixed", QSpec("int8"), rules, "int8", (AttentionRule("blocks.0.*", None),))
+    held_out = HeldOut.of(t2v.program, t2v.calls, t2v.stats)
+    assert held_out.error_of(recipe) == pytest.approx(t2v.really(recipe), rel=0.01)
+    assert held_out.error_of(Recipe("float", None)) < 1e-6
+
+
+def test_local_errors_are_those_of_the_site(t2v):
+    held_out = HeldOut.of(t2v.program, t2v.calls[:1], t2v.stats)
+    recipe = Recipe("plain", QSpec("fp8", smooth=False))
+    (up,) = (one for one in t2v.program.groups if str(one.key) == "blocks.0.ffn.net.0.proj")
+    (found,) = (one for one in trials(t2v.program, recipe, None) if one.site == up.key)
+    branches = Branches(t2v.program, [found])
+    exact = [t2v.program(**t2v.calls[0])[0]]
+    (outcome,) = branches.outcomes(t2v.calls[0], exact)
+    rounded = pipeline.run(t2v.program, passes.quantization(only(str(up.key), "fp8"), None))
+    values = [one.values([up.key], **t2v.calls[0])[up.key] for one in (rounded, t2v.program)]
+    lost, total = outcome.local
+    assert math.sqrt(lost / total) == pytest.approx(relative_error(*values), rel=1e-3)
+    assert held_out.forwards == 1
+
+
+def test_trials_leave_the_float_run_as_it_was(t2v):
+    chosen = trials(t2v.program, everything_in("int8"), t2v.stats)
+    branches = Branches(t2v.program, chosen)
+    call, exact = t2v.calls[0], t2v.program(**t2v.calls[0])
+    first = list(branches.outcomes(call, exact))
+    assert [one.final for one in branches.outcomes(call, exact)] == [one.final for one in first]
+    assert torch.equal(branches.together(call, [])[0], exact[0])
+    assert not branches.env, "values are let go after their last reader"
+
+
+def test_the_cost_is_half_a_forward_for_a_trial(t2v):
+    found, calls = t2v.found, len(t2v.calls)
+    assert found.forwards < calls * (0.6 * len(found.sites) + 2 * len(TYPES) + 1)
+    assert found.calls == calls
+    assert found.seconds > 0
+
+
+def test_the_search_for_smooth_scales_has_its_say(t2v):
+    groups = [one for one in t2v.found.sites if one.role != "self-attention"]
+    assert all(one.calibrated is not None and 0 < one.calibrated < 0.1 for one in groups)
+    unsmoothed = sensitivity(t2v.program, t2v.calls[:1], None, options=["int8"])
+    assert {one.calibrated for one in unsmoothed.sites} == {None}
+    assert "self-attention" not in {one.role for one in unsmoothed.sites}
+
+
+def test_errors_can_be_looked_up(t2v):
+    worst = t2v.found.worst(3)
+    assert [one.error for one in worst] == sorted((one.error for one in worst), reverse=True)
+    assert worst[0].error == max(one.error for one in t2v.found.sites)
+    assert t2v.found.error(worst[0].site, worst[0].dtype) == worst[0].error
+    assert t2v.found.error(worst[0].site, "float") == 0
+    with pytest.raises(KeyError, match="nowhere in int8"):
+        t2v.found.error("nowhere", "int8")
+
+
+def test_json_and_text(t2v):
+    assert Sensitivity.from_json(t2v.found.to_json()) == t2v.found
+    text = str(t2v.found)
+    assert text.splitlines()[2].startswith(t2v.found.worst(1)[0].site)
+    assert "all in int8" in text
+
+
+@pytest.mark.parametrize("text", ["no json", "[]", "{}", '{"sites": 1, "together": []}'])
+def test_anything_else_is_refused(text):
+    with pytest.raises(InputError, match="these are no sensitivities"):
+        Sensitivity.from_json(text)
+
+
+def test_bad_requests(t2v):
+    program, calls = t2v.program, t2v.calls
+    with pytest.raises(RecipeError, match="unknown type 'int4'"):
+        sensitivity(program, calls, t2v.stats, options=["int4"])
+    with pytest.raises(CalibrationError, match="there is no call"):
+        sensitivity(program, [], t2v.stats)
+    with pytest.raises(InputError, match="timestep"):
+        sensitivity(program, [{**calls[0], "timestep": None}], t2v.stats)
+    steps = passes.quantization(everything_in("int8"), t2v.stats)
+    quantized = pipeline.run(program, steps)
+    with pytest.raises(LevelError, match="at QUANTIZED"):
+        sensitivity(quantized, calls, t2v.stats)
+    broken = {**calls[0], "hidden_states": torch.full_like(calls[0]["hidden_states"], torch.nan)}
+    with pytest.raises(NumericsError, match="call 1 holds NaN"):
+        sensitivity(program, [calls[0], broken], t2v.stats)
+    other = replace(t2v.stats, channels={}, heads={})
+    with pytest.raises(CalibrationError, match="another model"):
+        sensitivity(program, calls, other)

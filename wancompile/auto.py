@@ -1,0 +1,239 @@
+"""Choosing a type for every site: the fastest within an error, or the most exact within a time."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from glob import escape
+
+from wancompile.cost import FLOAT, Costs, costs
+from wancompile.errors import RecipeError
+from wancompile.ir.site import Group
+from wancompile.knapsack import Option, choose, frontier
+from wancompile.recipe import AttentionRule, Auto, QSpec, Recipe, Rule
+from wancompile.sensitivity import HeldOut, Sensitivity, measure
+from wancompile.trials import SELF_ATTENTION
+
+# How often a choice is measured and the budget of the next one corrected by what came out.
+_ROUNDS = 3
+
+
+@dataclass(frozen=True)
+class Point:
+    """A choice for the whole model: milliseconds and relative L2 error, both predicted."""
+
+    ms: float
+    error: float
+    name: str = ""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What became of a request, and why.
+
+    `predicted` is of the recipe chosen, `measured` its error on the held-out calls, without a graph
+    for it. `frontier` runs from floating point to the fastest, `uniform` are the recipes that put
+    everything in one type, `compiled_ms` is torch.compile in bf16. Times are of one call of
+    `tokens` video tokens, the part of the model that is no block left out.
+    """
+
+    request: Auto
+    recipe: Recipe
+    predicted: Point
+    measured: float
+    frontier: tuple[Point, ...]
+    uniform: tuple[Point, ...]
+    compiled_ms: float
+    tokens: int
+    source: str
+    sensitivity: Sensitivity
+
+    def __str__(self) -> str:
+        types = self.recipe.name
+        lines = [
+            f"{types}: {self.predicted.ms:.4g} ms, error {_percent(self.measured)} measured, "
+            f"{_percent(self.predicted.error)} predicted, at {self.tokens} tokens",
+            *(f"{one.name}: {one.ms:.4g} ms, error {_percent(one.error)}" for one in self.uniform),
+            f"torch.compile in bf16: {self.compiled_ms:.4g} ms",
+            f"times from {self.source}",
+        ]
+        return "\n".join([*lines, "", str(self.sensitivity)])
+
+
+def resolve(request: Auto, held_out: HeldOut, *, progress: bool = False) -> Choice:
+    """Return the recipe that `request` asks for, for the program and the calls of `held_out`.
+
+    With `max_error` the time is least among choices whose error, measured with everything rounded
+    together, is within it: errors add up like squares only nearly, so the budget of squares is
+    corrected by what is measured, a few times. With `max_ms` the sum of squares is least.
+
+    Raises:
+        RecipeError: no choice is as fast, or as exact in that time, as was asked; the message says
+            what can be reached.
+        InputError: nothing was measured on that device.
+        WancompileError: as `sensitivity` does.
+    """
+    times = costs(held_out.program, tokens=request.tokens, device=request.device)
+    found = measure(held_out, request.types, progress=progress)
+    candidates = _Candidates(request, times, found, held_out.program.groups)
+    recipe, error = (
+        _fastest(candidates, held_out, request.max_error)
+        if request.max_ms is None and request.max_error is not None
+        else _most_exact(candidates, held_out, request)
+    )
+    return Choice(
+        request=request,
+        recipe=recipe,
+        predicted=candidates.point(recipe),
+        measured=error,
+        frontier=candidates.frontier(),
+        uniform=tuple(candidates.point(one) for one in _uniform(request)),
+        compiled_ms=times.compiled,
+        tokens=times.tokens,
+        source=times.source,
+        sensitivity=found,
+    )
+
+
+def _fastest(candidates: _Candidates, held_out: HeldOut, budget: float) -> tuple[Recipe, float]:
+    best, error = candidates.recipe(candidates.within_error(0.0)), 0.0
+    limit, tried = budget, {best}
+    for _ in range(_ROUNDS):
+        recipe = candidates.recipe(candidates.within_error(limit))
+        if recipe in tried:
+            break
+        tried.add(recipe)
+        measured = held_out.error_of(recipe)
+        if measured <= budget and candidates.point(recipe).ms < candidates.point(best).ms:
+            best, error = recipe, measured
+        limit *= budget / measured if measured > 0 else 2.0
+    return best, error
+
+
+def _most_exact(candidates: _Candidates, held_out: HeldOut, request: Auto) -> tuple[Recipe, float]:
+    assert request.max_ms is not None
+    chosen = candidates.within_ms(request.max_ms)
+    if chosen is None:
+        fastest = candidates.frontier()[-1]
+        raise RecipeError(
+            f"no choice takes {request.max_ms:g} ms or less at {candidates.times.tokens} tokens: "
+            f"the fastest takes {fastest.ms:.4g} ms, at an error of {_percent(fastest.error)}"
+        )
+    recipe = candidates.recipe(chosen)
+    error = held_out.error_of(recipe)
+    if request.max_error is not None and error > request.max_error:
+        raise RecipeError(
+            f"no choice within {request.max_ms:g} ms has an error of "
+            f"{_percent(request.max_error)} or less: the most exact has {_percent(error)}"
+        )
+    return recipe, error
+
+
+class _Candidates:
+    """The sites to choose for, each with its types, their times and their squared errors."""
+
+    def __init__(
+        self, request: Auto, times: Costs, found: Sensitivity, groups: Sequence[Group]
+    ) -> None:
+        self.times = times
+        self._request = request
+        self._groups = groups
+        self._keys = {str(group.key) for group in groups}
+        errors = {(one.site, one.dtype): one.error for one in found.sites}
+        self._types: list[tuple[str, ...]] = []
+        self._squares: list[tuple[float, ...]] = []
+        self._ms: list[tuple[float, ...]] = []
+        for site in times.sites:
+            measured = {FLOAT: 0.0} | {
+                dtype: errors[str(site.site), dtype]
+                for dtype in request.types
+                if (str(site.site), dtype) in errors
+                and (request.attention or site.role != SELF_ATTENTION)
+            }
+            usable = {name: one for name, one in measured.items() if math.isfinite(one)}
+            self._types.append(tuple(usable))
+            self._squares.append(tuple(one * one for one in usable.values()))
+            self._ms.append(tuple(site.ms[name] for name in usable))
+
+    def within_error(self, limit: float) -> list[int]:
+        """Return the fastest choice whose root of the sum of squares is within `limit`."""
+        found = choose(_items(self._squares, self._ms), limit * limit)
+        assert found is not None, "floating point has no error"
+        return found
+
+    def within_ms(self, limit: float) -> list[int] | None:
+        """Return the choice of least sum of squares within a time, None where there is none."""
+        return choose(_items(self._ms, self._squares), limit - self.times.fixed)
+
+    def frontier(self) -> tuple[Point, ...]:
+        """Return the best choices from floating point to the fastest."""
+        return tuple(
+            Point(one.value + self.times.fixed, math.sqrt(max(0.0, one.weight)))
+            for one in frontier(_items(self._squares, self._ms))
+        )
+
+    def recipe(self, chosen: Sequence[int]) -> Recipe:
+        """Return the recipe that says in rules by name what was chosen."""
+        types = {
+            str(site.site): names[at]
+            for site, names, at in zip(self.times.sites, self._types, chosen, strict=True)
+        }
+        linears = {site: name for site, name in types.items() if site in self._keys}
+        attentions = {site: name for site, name in types.items() if site not in self._keys}
+        most, most_attentions = _most(linears), _most(attentions)
+        return Recipe(
+            self._request.name,
+            _spec(most),
+            tuple(Rule(escape(one), _spec(t)) for one, t in linears.items() if t != most),
+            _dtype(most_attentions),
+            tuple(
+                AttentionRule(escape(one), _dtype(t))
+                for one, t in attentions.items()
+                if t != most_attentions
+            ),
+        )
+
+    def point(self, recipe: Recipe) -> Point:
+        """Return the time and the error that are predicted for a recipe."""
+        options = self.times.options(recipe, self._groups)
+        total = 0.0
+        for name, names, squares in zip(options, self._types, self._squares, strict=True):
+            total += squares[names.index(name)] if name in names else math.inf
+        return Point(self.times.of(recipe, self._groups), math.sqrt(total), recipe.name)
+
+
+def _items(
+    weights: Sequence[Sequence[float]], values: Sequence[Sequence[float]]
+) -> list[list[Option]]:
+    return [
+        [Option(weight, value) for weight, value in zip(*one, strict=True)]
+        for one in zip(weights, values, strict=True)
+    ]
+
+
+def _uniform(request: Auto) -> list[Recipe]:
+    linears = [Recipe(dtype, QSpec(dtype)) for dtype in request.types]
+    attention = [
+        Recipe(f"{dtype}-attention", QSpec(dtype), attention=dtype)
+        for dtype in request.types
+        if request.attention
+    ]
+    return [Recipe(FLOAT, None), *linears, *attention]
+
+
+def _most(types: Mapping[str, str]) -> str:
+    return Counter(types.values()).most_common(1)[0][0] if types else FLOAT
+
+
+def _spec(name: str) -> QSpec | None:
+    return None if name == FLOAT else QSpec(name)
+
+
+def _dtype(name: str) -> str | None:
+    return None if name == FLOAT else name
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.3g} %"
