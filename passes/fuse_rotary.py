@@ -1,7 +1,8 @@
-"""Make RMSNorm, rotary embedding and rounding of q and k one op.
+"""Make RMSNorm and rotary embedding of q and k, and their rounding to 8 bits, one op.
 
-Law: `quantize(rotate(rms_norm(x)))` is one function of x, the angles and the scale. As one op
-nothing is rounded to 16 bits in between, and a kernel passes over memory once.
+Law: `quantize(rotate(rms_norm(x)))` is one function of x, the angles and the scale, and without the
+rounding to 8 bits `rotate(rms_norm(x))` is one of x and the angles. As one op nothing is rounded to
+16 bits in between, and a kernel passes over memory once.
 
     before                                          after
     %n = rms_norm(%x, [128], w)
@@ -12,13 +13,17 @@ nothing is rounded to 16 bits in between, and a kernel passes over memory once.
     %r = permute(reshape(stack([%a, %b], 4), [b, s, 8, 16]), [0, 2, 1, 3])
     %q = quantize_per_head(%r, scale, i8)           %q = norm_rotate_quantize(%x, w, %cos, ...)
 
-A stored vector that is subtracted before rounding is taken up by the op.
+    %y = attention(%r, ...)                         %r = norm_rotate(%x, w, %cos, ...)
+                                                    %y = attention(%r, ...)
+
+A stored vector that is subtracted before rounding to 8 bits is taken up by the op.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch.fx import Node
@@ -26,7 +31,7 @@ from torch.fx import Node
 from wancompile.ir import match
 from wancompile.ir.edit import Draft
 from wancompile.ir.levels import Level
-from wancompile.passes.rotations import rotation_behind
+from wancompile.passes.rotations import Rotation, rotation_behind, unshifted
 
 aten = torch.ops.aten
 ops = torch.ops.wancompile
@@ -34,7 +39,7 @@ ops = torch.ops.wancompile
 
 @dataclass(frozen=True)
 class FuseRotary:
-    """Fuse each quantise op per head with the rotation and the norm behind it."""
+    """Fuse q and k of each attention, 8-bit or not, with the rotation and the norm behind them."""
 
     name: ClassVar[str] = "fuse_rotary"
     needs: ClassVar[Level] = Level.FUSED
@@ -42,20 +47,54 @@ class FuseRotary:
     exact: ClassVar[bool] = False
 
     def apply(self, draft: Draft) -> None:
-        """Look behind every quantise op per head."""
+        """Look behind every quantise op per head, then behind what float attention compares."""
         angles = _Angles(draft)
         for node in match.nodes_of(draft.graph, ops.quantize_per_head.default):
-            found = rotation_behind(node)
-            if isinstance(found, str):
+            rotated, shift = unshifted(match.args(node)[0])
+            found = rotation_behind(rotated)
+            if isinstance(found, Rotation):
+                _fuse_rounding(draft, node, _operands(found, angles, node), shift)
+            else:
                 draft.skip(node, found, node)
-                continue
-            x, weight, eps = found.normed
-            cos, sin = (angles.flat(one, node) for one in (found.cos, found.sin))
-            _, scale, dtype = match.args(node)
-            draft.did(node, f"norm and rotation round to {match.dtype_name(dtype)}")
-            shift = _stored_shift(draft, found.shift, node)
-            operands = (x, weight, eps, cos, sin, shift, scale, dtype)
-            draft.replace_call(node, ops.norm_rotate_quantize.default, *operands)
+        cross = {one.site for one in draft.attentions if not one.is_self}
+        for node, value in _compared(draft):
+            found = _float_rotation(value)
+            if isinstance(found, Rotation):
+                _fuse_float(draft, node, value, _operands(found, angles, value))
+            elif match.site(node) not in cross:  # which nobody expects to rotate
+                draft.skip(node, found, value)
+        draft.sort()
+
+
+def _compared(draft: Draft) -> Iterator[tuple[Node, Node]]:
+    """Yield each float attention with its q and with its k, but for those that are fused."""
+    for node in match.nodes_of(draft.graph, aten.scaled_dot_product_attention.default):
+        for value in dict.fromkeys(match.args(node)[:2]):
+            if not match.is_op(value, ops.norm_rotate.default):
+                yield node, value
+
+
+def _float_rotation(value: Node) -> Rotation | str:
+    if match.val(value).dtype == torch.float64:
+        return "it is rotated in float64, and the op computes in float32"
+    return rotation_behind(value)
+
+
+def _fuse_rounding(draft: Draft, node: Node, operands: tuple[Any, ...], shift: Node | None) -> None:
+    _, scale, dtype = match.args(node)
+    draft.did(node, f"norm and rotation round to {match.dtype_name(dtype)}")
+    operands = *operands, _stored_shift(draft, shift, node), scale, dtype
+    draft.replace_call(node, ops.norm_rotate_quantize.default, *operands)
+
+
+def _fuse_float(draft: Draft, node: Node, value: Node, operands: tuple[Any, ...]) -> None:
+    draft.did(node, "norm and rotation round once, for attention in floating point")
+    draft.replace_call(value, ops.norm_rotate.default, *operands, match.val(value).dtype)
+
+
+def _operands(found: Rotation, angles: _Angles, before: Node) -> tuple[Any, ...]:
+    """Return x, weight, eps, cos and sin, as both ops take them."""
+    return *found.normed, angles.flat(found.cos, before), angles.flat(found.sin, before)
 
 
 @dataclass
@@ -66,7 +105,7 @@ class _Angles:
     views: dict[Node, Node] = field(default_factory=dict)
 
     def flat(self, angle: Node, before: Node) -> Node:
-        """Return the view of one table; readers have to come in execution order."""
+        """Return the view of one table; a reader ahead of the first needs the graph sorted."""
         if angle not in self.views:
             shape = [-1, match.shape(angle)[-1]]
             self.views[angle] = self.draft.call(

@@ -1,4 +1,4 @@
-"""Recognising the rotation of normed pairs of channels that a quantise op per head reads.
+"""Recognising the rotation of normed pairs of channels that attention compares.
 
 Reads only. Law: `(even cos - odd sin, even sin + odd cos)` turns a pair by an angle, whatever the
 order of terms and factors.
@@ -19,20 +19,16 @@ aten = torch.ops.aten
 
 
 class Rotation(NamedTuple):
-    """`normed` is (x `[B, S, C]`, weight, eps); the angles are `[1, S, 1, D / 2]`.
-
-    `shift` is a stored `[H, 1, D]` that is subtracted after the rotation, or None.
-    """
+    """`normed` is (x `[B, S, C]`, weight, eps); the angles are `[1, S, 1, D / 2]`."""
 
     normed: tuple[Node, Node | None, float]
     cos: Node
     sin: Node
-    shift: Node | None
 
 
-def rotation_behind(node: Node) -> Rotation | str:
-    """Return what a quantise op per head reads, or why it cannot be fused."""
-    value, shift = _unshifted(match.args(node)[0])
+def rotation_behind(value: Node) -> Rotation | str:
+    """Return what `value`, q or k, is computed from, or why that is not the rotation of a norm."""
+    value = match.narrowed_from(value)
     if not match.is_op(value, aten.permute.default) or list(match.args(value)[1]) != [0, 2, 1, 3]:
         return "its heads are not laid out as [B, S, H, D] before"
     heads = match.args(value)[0]
@@ -48,7 +44,19 @@ def rotation_behind(node: Node) -> Rotation | str:
     normed = _normed(turn.even.args[0])
     if normed is None:
         return "there is no RMSNorm over all heads before the rotation"
-    return Rotation(normed, turn.cos, turn.sin, shift)
+    return Rotation(normed, turn.cos, turn.sin)
+
+
+def unshifted(value: Node) -> tuple[Node, Node | None]:
+    """Part `value` into rotated keys and the stored `[H, 1, D]` subtracted from them, or None."""
+    if not match.is_op(value, aten.sub.Tensor) or value.kwargs:  # alpha scales an operand
+        return value, None
+    rotated, shift = match.operands(value)
+    if not match.is_constant(shift) or not match.is_tensor(rotated) or match.rank(rotated) != 4:
+        return value, None
+    _, heads, _, channels = match.shape(rotated)
+    is_vector = tuple(match.shape(shift)) == (heads, 1, channels)
+    return (rotated, shift) if is_vector else (value, None)
 
 
 def _laid_out_from(node: Node) -> Node:
@@ -65,17 +73,6 @@ def _stacks_pairs(node: Node) -> bool:
     if not match.is_op(node, aten.stack.default) or match.rank(node) != 5:
         return False
     return len(match.args(node)[0]) == 2 and _is_last(node, match.arg(node, 1, "dim", 0))
-
-
-def _unshifted(value: Node) -> tuple[Node, Node | None]:
-    if not match.is_op(value, aten.sub.Tensor) or value.kwargs:  # alpha scales an operand
-        return value, None
-    rotated, shift = match.operands(value)
-    if not match.is_constant(shift) or not match.is_tensor(rotated) or match.rank(rotated) != 4:
-        return value, None
-    _, heads, _, channels = match.shape(rotated)
-    is_vector = tuple(match.shape(shift)) == (heads, 1, channels)
-    return (rotated, shift) if is_vector else (value, None)
 
 
 class _Turn(NamedTuple):

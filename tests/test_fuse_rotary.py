@@ -18,6 +18,7 @@ TENSORS = {
     "rates": torch.tensor([0.7, 0.1]),
     "scale": torch.tensor([0.02, 0.03, 0.04]),
 }
+BF16_TENSORS = TENSORS | {"weight": TENSORS["weight"].to(BF16)}
 SHIFT = {"shift": torch.randn(HEADS, 1, HEAD_DIM, generator=DRAW)}
 
 
@@ -105,6 +106,16 @@ def exact(fn, x, shift=0.0, **more):
     return value.double() - shift
 
 
+def attended(fn, x=X, **more):
+    """`fn` as q, k and v of an attention in floating point: its value, and what attention gives."""
+
+    def compared(self, x):
+        value = fn(self, x)
+        return value, F.scaled_dot_product_attention(value, value, value)
+
+    return called_fused(compared, x, **{**TENSORS, **more})
+
+
 def steps(q):
     return q.double() * TENSORS["scale"].double()[:, None, None]
 
@@ -176,6 +187,101 @@ def test_the_default_eps_is_that_of_the_type():
     ((_, weight, eps, *_),) = calls(fused(fn), "norm_rotate_quantize")
     assert weight is None
     assert eps == pytest.approx(torch.finfo(torch.float32).eps)
+
+
+# For attention in floating point ---------------------------------------------------------------
+
+
+def q_and_k(self, x):
+    q, k = wan(self, x), wan(self, torch.tanh(x))
+    return F.scaled_dot_product_attention(q, k, split(x).transpose(1, 2))
+
+
+def test_q_and_k_are_normed_and_rotated_in_one_op(golden):
+    after = run_pass(called_fused(q_and_k, X.to(BF16), **BF16_TENSORS), FuseRotary())
+    golden(after.print("canonical"))
+
+
+@pytest.mark.parametrize("fn", SPELLINGS)
+def test_every_spelling_is_float64_to_rounding(fn):
+    before = attended(fn)
+    after = run_pass(before, FuseRotary())
+    found = counts(after)
+    assert found["norm_rotate"] == 1
+    assert not {"rms_norm", "permute"} & set(found)
+    (value, out), (plain_value, plain_out) = after(x=X), before(x=X)
+    expected = exact(fn, X)
+    assert relative_error(value, expected) < 2e-7
+    assert relative_error(value, expected) < 1.2 * relative_error(plain_value, expected)
+    assert relative_error(out, plain_out) < 1e-6
+    assert (value.dtype, value.stride()) == (plain_value.dtype, plain_value.stride())
+
+
+@pytest.mark.parametrize("fn", SPELLINGS)
+def test_a_float_of_16_bits_is_rounded_once(fn):
+    x, more = X.to(BF16), {"weight": BF16_TENSORS["weight"]}
+    before = attended(fn, x, **more)
+    after = run_pass(before, FuseRotary())
+    assert counts(after)["norm_rotate"] == 1
+    expected = exact(fn, x, **more)
+    value, plain = after(x=x)[0], before(x=x)[0]
+    assert value.dtype == plain.dtype
+    half = torch.finfo(value.dtype).eps / 2
+    assert ((value - expected).abs() <= half * expected.abs() + 2e-6).all()
+    assert relative_error(value, expected) <= relative_error(plain, expected)
+
+
+def test_a_cast_before_attention_is_the_rounding():
+    def fn(self, x):
+        return without_gain(self, x).to(BF16)
+
+    after = run_pass(attended(fn), FuseRotary())
+    assert (counts(after)["norm_rotate"], counts(after).get("to")) == (1, None)
+    assert torch.equal(after(x=X)[0], exact(without_gain, X).to(BF16))
+
+
+def test_k_alone_is_fused_where_q_is_not_rotated():
+    def fn(self, x):
+        return F.scaled_dot_product_attention(split(x).transpose(1, 2), wan(self, x), wan(self, x))
+
+    after = run_pass(called_fused(fn, X, **TENSORS), FuseRotary())
+    assert counts(after)["norm_rotate"] == 1
+    (reason,) = skips(after)
+    assert "not rotated by pairs" in reason
+
+
+def test_a_value_that_is_rounded_for_one_and_not_for_another():
+    def fn(self, x):
+        value = wan(self, x)
+        rounded = torch.ops.wancompile.quantize_per_head(value, self.scale, torch.int8)
+        return rounded, F.scaled_dot_product_attention(value, value, value)
+
+    before = called_fused(fn, X, **TENSORS)
+    after = run_pass(before, FuseRotary())
+    found = counts(after)
+    assert (found["norm_rotate"], found["norm_rotate_quantize"]) == (1, 1)
+    assert "rms_norm" not in found
+    assert relative_error(after(x=X)[1], before(x=X)[1]) < 1e-6
+
+
+def test_an_attention_before_one_in_8_bits_reads_the_same_tables():
+    def fn(self, x):
+        value = wan(self, x)
+        out = F.scaled_dot_product_attention(value, value, value).transpose(1, 2).flatten(2)
+        return torch.ops.wancompile.quantize_per_head(wan(self, out), self.scale, torch.int8)
+
+    before = called_fused(fn, X, **TENSORS)
+    after = run_pass(before, FuseRotary())
+    (first,), (second,) = calls(after, "norm_rotate"), calls(after, "norm_rotate_quantize")
+    assert first[3:5] == second[3:5]
+    assert (after(x=X).float() - before(x=X).float()).abs().max() <= 1
+
+
+def test_float64_is_not_computed_in_fewer_bits():
+    before = attended(without_gain, X.double())
+    after = run_pass(before, FuseRotary())
+    assert after.print() == before.print()
+    assert "float64" in skips(after)[0]
 
 
 # What must not be fused ------------------------------------------------------------------------
@@ -356,8 +462,9 @@ def three_parts(self, x):
         (regrouped, "not rotated by pairs"),
     ],
 )
-def test_what_is_not_this_rotation_stays(fn, reason):
-    before = program(fn)
+@pytest.mark.parametrize("reader", [program, attended], ids=["8 bits", "float"])
+def test_what_is_not_this_rotation_stays(fn, reason, reader):
+    before = reader(fn)
     after = run_pass(before, FuseRotary())
     assert after.print() == before.print()
     (found,) = skips(after)

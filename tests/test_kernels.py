@@ -26,8 +26,10 @@ NORM = torch.ops.wancompile.norm_quantize.default
 RESIDUAL_NORM = torch.ops.wancompile.residual_norm_quantize.default
 ADD_GATED = torch.ops.wancompile.add_gated.default
 ROTATE = torch.ops.wancompile.norm_rotate_quantize.default
+FLOAT_ROTATE = torch.ops.wancompile.norm_rotate.default
 RMS_NORM = torch.ops.aten.rms_norm.default
 SDPA = torch.ops.aten.scaled_dot_product_attention.default
+STREAM_OPS = GELU, NORM, RESIDUAL_NORM, ADD_GATED, ROTATE, FLOAT_ROTATE, RMS_NORM
 
 
 def linear_args(dtype: torch.dtype, k: int = 64, n: int = 32, m: int = 5) -> tuple:
@@ -66,6 +68,7 @@ def stream_args(op, dtype: torch.dtype = INT8, channels: int = 64) -> tuple:
         RESIDUAL_NORM: (x, x, *[None] * 7, 1e-6, None, dtype),
         ADD_GATED: (x, x, None, None, None),
         ROTATE: (x, None, 1e-6, angles, angles, None, scale, dtype),
+        FLOAT_ROTATE: (x, None, 1e-6, angles, angles, torch.bfloat16),
         RMS_NORM: (x, [channels], None, 1e-6),
     }[op]
 
@@ -116,6 +119,7 @@ def give(monkeypatch, capability, reason_against_triton=None):
         ((8, 9), RESIDUAL_NORM, stream_args(RESIDUAL_NORM, FP8), "residual_norm_quantize_triton"),
         ((8, 0), ADD_GATED, stream_args(ADD_GATED), "add_gated_triton"),
         ((8, 9), ROTATE, stream_args(ROTATE, FP8), "norm_rotate_quantize_triton"),
+        ((8, 0), FLOAT_ROTATE, stream_args(FLOAT_ROTATE), "norm_rotate_triton"),
         ((8, 0), RMS_NORM, stream_args(RMS_NORM), "rms_norm_triton"),
         ((9, 0), SDPA, sdpa_args(128), "attention_cudnn"),
         ((10, 0), SDPA, sdpa_args(64, torch.float16), "attention_cudnn"),
@@ -156,6 +160,12 @@ def test_a_gpu_gets_a_kernel(monkeypatch, capability, op, args, name):
         (GELU, stream_args(GELU, channels=16388), "gelu_quantize_triton", "more than 16384"),
         (NORM, stream_args(NORM, channels=16388), "norm_quantize_triton", "more than 16384"),
         (ROTATE, stream_args(ROTATE, channels=16388), "norm_rotate_quantize_triton", "more than"),
+        (
+            FLOAT_ROTATE,
+            stream_args(FLOAT_ROTATE, channels=16388),
+            "norm_rotate_triton",
+            "more than",
+        ),
         (ADD_GATED, stream_args(ADD_GATED, channels=16388), "add_gated_triton", "more than"),
         (RMS_NORM, stream_args(RMS_NORM, channels=16388), "rms_norm_triton", "more than"),
         (RMS_NORM, (*stream_args(RMS_NORM)[:1], [3, 64], None, None), "rms_norm_triton", "over 2"),
@@ -192,6 +202,7 @@ def test_a_triton_kernel_says_why_it_leaves_a_node_to_others(op, args, name, rea
         ((8, 6), "gelu_quantize_triton", GELU, stream_args(GELU, FP8), "capability 8.9"),
         ((8, 6), "norm_quantize_triton", NORM, stream_args(NORM, FP8), "capability 8.9"),
         ((8, 6), "norm_rotate_quantize_triton", ROTATE, stream_args(ROTATE, FP8), "8.9"),
+        ((7, 5), "norm_rotate_triton", FLOAT_ROTATE, stream_args(FLOAT_ROTATE), "capability 8.0"),
         ((7, 5), "add_gated_triton", ADD_GATED, stream_args(ADD_GATED), "capability 8.0"),
         ((7, 5), "rms_norm_triton", RMS_NORM, stream_args(RMS_NORM), "capability 8.0"),
         ((8, 9), "attention_cudnn", SDPA, sdpa_args(), "capability 9.0"),
@@ -208,7 +219,7 @@ def test_a_triton_kernel_names_the_device_it_needs(monkeypatch, capability, name
         (LINEAR, linear_args(INT8)),
         (ATTENTION, attention_args()),
         (PER_TOKEN, quantize_args(INT8)),
-        *[(op, stream_args(op)) for op in (GELU, NORM, RESIDUAL_NORM, ADD_GATED, ROTATE, RMS_NORM)],
+        *[(op, stream_args(op)) for op in STREAM_OPS],
     ],
 )
 def test_without_triton_the_other_kernels_stay(monkeypatch, op, args):
@@ -246,7 +257,7 @@ def test_a_cpu_keeps_the_plain_bodies():
         (ATTENTION, attention_args()),
         (PER_TOKEN, quantize_args(INT8)),
         (PER_HEAD, quantize_args(FP8)),
-        *[(op, stream_args(op)) for op in (GELU, NORM, RESIDUAL_NORM, ADD_GATED, ROTATE, RMS_NORM)],
+        *[(op, stream_args(op)) for op in STREAM_OPS],
         (SDPA, sdpa_args()),
     ]:
         kernel, refusals = choose(op, CPU, args)

@@ -13,6 +13,7 @@ from wancompile.errors import InputError
 from wancompile.ops import chunk, linear
 from wancompile.quant.numerics import FP8, INT8, QMAX
 
+BF16 = torch.bfloat16
 DTYPES = [INT8, FP8]
 SHAPES = [(1, 7, 3), (1, 1, 1), (2, 1, 4), (2, 16, 8), (33, 40, 24), (5, 2100, 9)]
 
@@ -69,6 +70,10 @@ def rotary_args(dtype: torch.dtype, weight: bool = True, shift: bool = False) ->
     return x, w, 1e-6, angle.cos(), angle.sin(), s, torch.rand(3) * 4 / QMAX[dtype], dtype
 
 
+def float_rotary_args(dtype: torch.dtype = torch.float32, weight: bool = True) -> tuple:
+    return *rotary_args(INT8, weight)[:5], dtype
+
+
 OPCHECKS = [
     *[(ops.quantize_per_token, (torch.randn(2, 3, 7), torch.rand(7), d)) for d in DTYPES],
     (ops.quantize_per_token, (torch.randn(4, 6, dtype=torch.bfloat16).t(), None, INT8)),
@@ -89,6 +94,8 @@ OPCHECKS = [
     (ops.repeated_rows, (torch.randn(1, 1, 2, 3, dtype=torch.bfloat16),)),
     *[(ops.norm_rotate_quantize, rotary_args(d)) for d in DTYPES],
     (ops.norm_rotate_quantize, rotary_args(INT8, weight=False, shift=True)),
+    (ops.norm_rotate, float_rotary_args()),
+    (ops.norm_rotate, float_rotary_args(torch.bfloat16, weight=False)),
 ]
 
 
@@ -340,14 +347,32 @@ def test_modulation_broadcasts_over_tokens(shape):
     assert torch.equal(one[1], two[1])
 
 
+def rotated(x: Tensor, weight: Tensor | None, eps: float, cos: Tensor, sin: Tensor) -> Tensor:
+    """Normed pairs times complex numbers of length 1, in fp64, `[B, H, S, D]`."""
+    y = x.double() / (x.double().square().mean(-1, keepdim=True) + eps).sqrt()
+    y = y if weight is None else y * weight.double()
+    pairs = torch.view_as_complex(y.view(*x.shape[:2], -1, cos.shape[1], 2))
+    turned = pairs * torch.complex(cos.double(), sin.double())[:, None]
+    return torch.view_as_real(turned).flatten(-2).transpose(1, 2)
+
+
+@pytest.mark.parametrize("source", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("weight", [True, False])
+def test_norm_rotate_rounds_once(source, dtype, weight):
+    x, *rest, _ = float_rotary_args(weight=weight)
+    exact = rotated(x.to(source), *rest)
+    out = ops.norm_rotate(x.to(source), *rest, dtype)
+    assert (out.shape, out.dtype) == ((2, 3, 5, 8), dtype)
+    assert out.transpose(1, 2).is_contiguous()
+    assert ((out - exact).abs() <= torch.finfo(dtype).eps / 2 * exact.abs() + 2e-6).all()
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shift", [False, True])
 def test_norm_rotate_quantize_turns_pairs_of_channels(dtype, shift):
     x, w, eps, cos, sin, c, scale, _ = args = rotary_args(dtype, shift=shift)
-    y = x.double() * w / (x.double().square().mean(-1, keepdim=True) + eps).sqrt()
-    pairs = torch.view_as_complex(y.view(2, 5, 3, 4, 2))
-    turned = pairs * torch.complex(cos.double(), sin.double())[:, None]
-    exact = torch.view_as_real(turned).flatten(-2).transpose(1, 2)
+    exact = rotated(x, w, eps, cos, sin)
     exact = exact if c is None else exact - c[:, None]
     limit = (scale * QMAX[dtype])[:, None, None]
     exact = exact.clamp(-limit, limit)
@@ -383,6 +408,12 @@ def test_scaled_attention_rounds_float_values(wide):
         ),
         (ops.add_gated, (torch.randn(1, 3, 8), torch.randn(1, 2, 8), None, None, None), "y float"),
         (ops.norm_rotate_quantize, (*rotary_args(INT8)[:-2], torch.ones(5), INT8), "cos and sin"),
+        (ops.norm_rotate, float_rotary_args(FP8), "16 bits or more"),
+        (ops.norm_rotate, float_rotary_args(torch.int32), "16 bits or more"),
+        (ops.norm_rotate, (*float_rotary_args()[:3], *torch.ones(2, 5, 5), BF16), "cos and sin"),
+        (ops.norm_rotate, (*float_rotary_args()[:3], *torch.ones(2, 4, 4), BF16), "cos and sin"),
+        (ops.norm_rotate, (*float_rotary_args()[:3], *torch.ones(2, 5, 0), BF16), "cos and sin"),
+        (ops.norm_rotate, (torch.ones(5, 24), *float_rotary_args()[1:]), "x float"),
     ],
 )
 def test_fused_ops_refuse_other_arguments(op, args, what):

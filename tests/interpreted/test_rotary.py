@@ -2,10 +2,11 @@ import pytest
 import torch
 
 from wancompile import ops
-from wancompile.kernels.triton_rotary import norm_rotate_quantize_triton
+from wancompile.kernels.triton_rotary import norm_rotate_quantize_triton, norm_rotate_triton
 from wancompile.quant.numerics import FP8, INT8, QMAX
 
 DTYPES = [INT8, FP8]
+FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [  # batch, tokens, heads, head size
     (1, 1, 1, 2),
     (2, 5, 3, 8),
@@ -32,6 +33,15 @@ def args(dtype, batch, tokens, heads, size, shift=True, weight=True, source=torc
     )
 
 
+def exact(x, weight, eps, cos, sin):
+    """Normed pairs times complex numbers of length 1, in fp64, `[B, S, H, D]`."""
+    y = x.double() / (x.double().square().mean(-1, keepdim=True) + eps).sqrt()
+    y = y if weight is None else y * weight.double()
+    turned = torch.view_as_complex(y.view(*x.shape[:2], -1, cos.shape[1], 2))
+    turned = turned * torch.complex(cos.double(), sin.double())[:, None]
+    return torch.view_as_real(turned).flatten(-2)
+
+
 def alike(ours, plain, dtype):
     """A value may fall to the other side of a tie, a few do."""
     step = 1 if dtype == INT8 else plain.float().abs() / 8 + 2**-9
@@ -52,16 +62,24 @@ def test_rotation_is_the_plain_body(dtype, shape, shift):
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("weight", [True, False])
 def test_rotation_is_near_complex_float64(shape, weight):
-    batch, tokens, heads, _ = shape
     given = args(INT8, *shape, weight=weight, source=torch.float32)
-    x, w, eps, cos, sin, shift, scale, _ = given
-    y = x.double() / (x.double().square().mean(-1, keepdim=True) + eps).sqrt()
-    y = y if w is None else y * w.double()
-    turned = torch.view_as_complex(y.view(batch, tokens, heads, -1, 2))
-    turned = turned * torch.complex(cos.double(), sin.double())[:, None]
-    exact = torch.view_as_real(turned).flatten(-2) - shift
-    steps = (exact / scale.double()[:, None]).clamp(-127, 127).transpose(1, 2)
+    *normed, shift, scale, _ = given
+    shifted = exact(*normed) - shift
+    steps = (shifted / scale.double()[:, None]).clamp(-127, 127).transpose(1, 2)
     assert ((norm_rotate_quantize_triton(*given) - steps).abs() <= 0.5 + 1e-3).all()
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("source", FLOATS)
+@pytest.mark.parametrize("weight", [True, False])
+def test_rotation_of_floats_is_rounded_once(dtype, shape, source, weight):
+    given = *args(INT8, *shape, weight=weight, source=source)[:5], dtype
+    out, plain = norm_rotate_triton(*given), ops.norm_rotate(*given)
+    assert (out.shape, out.stride(), out.dtype) == (plain.shape, plain.stride(), plain.dtype)
+    wanted = exact(*given[:5]).transpose(1, 2)
+    bound = torch.finfo(dtype).eps / 2 * wanted.abs() + 2e-6 * wanted.abs().amax()
+    assert ((out - wanted).abs() <= bound).all()
 
 
 def test_a_slice_of_a_merged_projection_and_interleaved_angles_are_read_in_place():
@@ -71,6 +89,8 @@ def test_a_slice_of_a_merged_projection_and_interleaved_angles_are_read_in_place
     given = w, eps, angles[..., 0], angles[..., 1], shift, scale, dtype
     out = norm_rotate_quantize_triton(merged[..., 64:128], *given)
     assert torch.equal(out, norm_rotate_quantize_triton(x, w, eps, cos, sin, shift, scale, dtype))
+    out = norm_rotate_triton(merged[..., 64:128], *given[:4], torch.bfloat16)
+    assert torch.equal(out, norm_rotate_triton(x, w, eps, cos, sin, torch.bfloat16))
 
 
 def test_nan_reaches_its_token_only():
@@ -79,9 +99,12 @@ def test_nan_reaches_its_token_only():
     nan = norm_rotate_quantize_triton(*given).float().isnan()
     assert nan.all(-1).all(1)[0].tolist() == [False, True, False]
     assert nan.sum() == 32
+    assert torch.equal(norm_rotate_triton(*given[:5], torch.bfloat16).isnan(), nan)
 
 
 def test_no_tokens_give_no_output():
     x, w, eps, cos, sin, *rest = args(INT8, 2, 3, 4, 16)
     out = norm_rotate_quantize_triton(x[:, :0], w, eps, cos[:0], sin[:0], *rest)
+    assert out.shape == (2, 4, 0, 16)
+    out = norm_rotate_triton(x[:, :0], w, eps, cos[:0], sin[:0], torch.bfloat16)
     assert out.shape == (2, 4, 0, 16)

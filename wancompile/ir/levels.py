@@ -106,6 +106,7 @@ FUSED_OPS: frozenset[Any] = QUANTIZED_OPS | {
     torch.ops.wancompile.add_gated.default,
     torch.ops.wancompile.gelu_quantize.default,
     torch.ops.wancompile.norm_quantize.default,
+    torch.ops.wancompile.norm_rotate.default,
     torch.ops.wancompile.norm_rotate_quantize.default,
     torch.ops.wancompile.repeated_rows.default,
     torch.ops.wancompile.residual_norm_quantize.default,

@@ -26,7 +26,7 @@ from wancompile.kernels.triton_norm import (
     RMS_NORM_TRITON,
 )
 from wancompile.kernels.triton_quantize import QUANTIZE_PER_HEAD_TRITON, QUANTIZE_PER_TOKEN_TRITON
-from wancompile.kernels.triton_rotary import NORM_ROTATE_QUANTIZE_TRITON
+from wancompile.kernels.triton_rotary import NORM_ROTATE_QUANTIZE_TRITON, NORM_ROTATE_TRITON
 
 KERNELS: tuple[Kernel, ...] = (
     LINEAR_HOPPER,
@@ -37,6 +37,7 @@ KERNELS: tuple[Kernel, ...] = (
     QUANTIZE_PER_TOKEN_TRITON,
     QUANTIZE_PER_HEAD_TRITON,
     GELU_QUANTIZE_TRITON,
+    NORM_ROTATE_TRITON,
     NORM_ROTATE_QUANTIZE_TRITON,
     NORM_QUANTIZE_TRITON,
     RESIDUAL_NORM_QUANTIZE_TRITON,

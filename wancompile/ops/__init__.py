@@ -2,7 +2,7 @@
 
 Importing this package defines them. The body of each is plain PyTorch and is three things at once:
 the meaning of the op, its implementation wherever no kernel fits, and the oracle of the kernels'
-tests. All of them return contiguous tensors, whatever the strides of their inputs.
+tests. How a result lies in memory does not depend on the strides of the inputs.
 """
 
 from wancompile.ops.activation import gelu_quantize
@@ -11,13 +11,14 @@ from wancompile.ops.linear import scaled_linear, scaled_linear_residual
 from wancompile.ops.norm import add_gated, norm_quantize, residual_norm_quantize
 from wancompile.ops.observe import observe_channels, observe_heads
 from wancompile.ops.quantize import quantize_per_head, quantize_per_token
-from wancompile.ops.rotary import norm_rotate_quantize
+from wancompile.ops.rotary import norm_rotate, norm_rotate_quantize
 from wancompile.ops.rows import repeated_rows
 
 __all__ = [
     "add_gated",
     "gelu_quantize",
     "norm_quantize",
+    "norm_rotate",
     "norm_rotate_quantize",
     "observe_channels",
     "observe_heads",

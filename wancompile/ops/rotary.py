@@ -1,10 +1,42 @@
-"""RMSNorm, rotary position embedding and the rounding to 8 bits of q and k, as one op."""
+"""RMSNorm and rotary position embedding of q and k as one op, which may also round to 8 bits."""
 
 import torch
 from torch import Tensor
 
 from wancompile.ops.check import is_8bit, is_scale, require
 from wancompile.quant.numerics import quantize
+
+
+@torch.library.custom_op("wancompile::norm_rotate", mutates_args=())
+def norm_rotate(
+    x: Tensor, weight: Tensor | None, eps: float, cos: Tensor, sin: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """RMSNorm over all heads, then rotate; computed in fp32 and rounded once, at the end.
+
+    Args:
+        x: `[B, S, H * D]`, any float dtype; the output of the projection of q or k.
+        weight: `[H * D]`, any float dtype, of the RMSNorm (Zhang & Sennrich 2019). None is 1.
+        eps: added to the mean square.
+        cos: `[S, D / 2]` fp32. Channels 2i and 2i + 1 of a head turn by angle i (Su et al. 2021,
+            "RoFormer").
+        sin: `[S, D / 2]` fp32.
+        dtype: a float dtype of 16 bits or more.
+
+    Returns:
+        `[B, H, S, D]` in `dtype`, laid out in memory as `[B, S, H, D]`. Attention writes its output
+        in the layout of q, and the next linear reads that layout without a copy.
+    """
+    check_rotate(x, weight, cos, sin, dtype)
+    return _turned(x, weight, eps, cos, sin).to(dtype).transpose(1, 2)
+
+
+@norm_rotate.register_fake
+def fake_norm_rotate(
+    x: Tensor, weight: Tensor | None, eps: float, cos: Tensor, sin: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """Shape, dtype and layout of `norm_rotate` and of its kernels."""
+    check_rotate(x, weight, cos, sin, dtype)
+    return empty_rotated(x, cos, dtype)
 
 
 @torch.library.custom_op("wancompile::norm_rotate_quantize", mutates_args=())
@@ -21,12 +53,11 @@ def norm_rotate_quantize(
     """RMSNorm over all heads, rotate, subtract, quantize each head; nothing is rounded in between.
 
     Args:
-        x: `[B, S, H * D]`, any float dtype; the output of the projection of q or k.
-        weight: `[H * D]`, any float dtype, of the RMSNorm (Zhang & Sennrich 2019). None is 1.
-        eps: added to the mean square.
-        cos: `[S, D / 2]` fp32. Channels 2i and 2i + 1 of a head turn by angle i (Su et al. 2021,
-            "RoFormer").
-        sin: `[S, D / 2]` fp32.
+        x: as in `norm_rotate`.
+        weight: as in `norm_rotate`.
+        eps: as in `norm_rotate`.
+        cos: as in `norm_rotate`.
+        sin: as in `norm_rotate`.
         shift: `[H, D]` fp32, subtracted after the rotation, or None. Softmax does not see a vector
             that is subtracted from all keys.
         scale: `[H]` fp32, static.
@@ -35,15 +66,8 @@ def norm_rotate_quantize(
     Returns:
         `[B, H, S, D]` in `dtype`, contiguous; what lies outside the range saturates.
     """
-    check_rotate(x, weight, cos, sin, shift, scale, dtype)
-    y = x.to(torch.float32)
-    y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps)
-    if weight is not None:
-        y = y * weight
-    heads = scale.shape[0]
-    even, odd = y.view(*y.shape[:-1], heads, -1, 2).unbind(-1)
-    cos, sin = cos[:, None], sin[:, None]
-    y = torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(-2)
+    check_rotate_quantize(x, weight, cos, sin, shift, scale, dtype)
+    y = _turned(x, weight, eps, cos, sin)
     if shift is not None:
         y = y - shift
     return quantize(y, scale[:, None], dtype).transpose(1, 2).contiguous()
@@ -61,13 +85,44 @@ def fake_norm_rotate_quantize(
     dtype: torch.dtype,
 ) -> Tensor:
     """Shape and dtype of `norm_rotate_quantize` and of its kernels."""
-    check_rotate(x, weight, cos, sin, shift, scale, dtype)
+    check_rotate_quantize(x, weight, cos, sin, shift, scale, dtype)
     batch, tokens, channels = x.shape
     heads = scale.shape[0]
     return x.new_empty((batch, heads, tokens, channels // heads), dtype=dtype)
 
 
+def empty_rotated(x: Tensor, cos: Tensor, dtype: torch.dtype) -> Tensor:
+    """An output `[B, H, S, D]` of `norm_rotate` to fill, laid out as `[B, S, H, D]`."""
+    batch, tokens, channels = x.shape
+    size = 2 * cos.shape[1]
+    return x.new_empty((batch, tokens, channels // size, size), dtype=dtype).transpose(1, 2)
+
+
+def _turned(x: Tensor, weight: Tensor | None, eps: float, cos: Tensor, sin: Tensor) -> Tensor:
+    """The normed and rotated heads `[B, S, H, D]` in fp32."""
+    y = x.to(torch.float32)
+    y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps)
+    if weight is not None:
+        y = y * weight
+    half = cos.shape[1]
+    even, odd = y.view(*x.shape[:2], x.shape[2] // (2 * half), half, 2).unbind(-1)
+    cos, sin = cos[:, None], sin[:, None]
+    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(-2)
+
+
+_OPERANDS = "x float[B, S, H * D], weight float[H * D] or None, cos and sin float32[S, D / 2]"
+
+
 def check_rotate(
+    x: Tensor, weight: Tensor | None, cos: Tensor, sin: Tensor, dtype: torch.dtype
+) -> None:
+    """Raise InputError unless the arguments are those of `norm_rotate`."""
+    fits = _are_operands(x, weight, cos, sin) and dtype.is_floating_point and dtype.itemsize > 1
+    need = f"{_OPERANDS}, dtype a float of 16 bits or more"
+    require(fits, "norm_rotate", need, x, weight, cos, sin, dtype)
+
+
+def check_rotate_quantize(
     x: Tensor,
     weight: Tensor | None,
     cos: Tensor,
@@ -77,19 +132,22 @@ def check_rotate(
     dtype: torch.dtype,
 ) -> None:
     """Raise InputError unless the arguments are those of `norm_rotate_quantize`."""
-    fits = x.dim() == 3 and x.is_floating_point() and is_8bit(dtype) and scale.dim() == 1
-    fits = fits and scale.dtype == torch.float32 and x.shape[-1] % (2 * scale.shape[0]) == 0
+    fits = _are_operands(x, weight, cos, sin) and is_8bit(dtype)
     if fits:
-        size = x.shape[-1] // scale.shape[0]
-        fits = all(
-            angle.dtype == torch.float32 and angle.shape == (x.shape[1], size // 2)
-            for angle in (cos, sin)
-        )
-        fits = fits and (shift is None or is_scale(shift, scale.shape[0], size))
-    if weight is not None:
-        fits = fits and weight.is_floating_point() and weight.shape == x.shape[-1:]
+        size = 2 * cos.shape[1]
+        heads = x.shape[2] // size
+        fits = is_scale(scale, heads) and (shift is None or is_scale(shift, heads, size))
     need = (
-        "x float[B, S, H * D], weight float[H * D] or None, cos and sin float32[S, D / 2], shift "
-        "float32[H, D] or None, scale float32[H], dtype int8 or float8_e4m3fn"
+        f"{_OPERANDS}, shift float32[H, D] or None, scale float32[H], dtype int8 or float8_e4m3fn"
     )
     require(fits, "norm_rotate_quantize", need, x, weight, cos, sin, shift, scale, dtype)
+
+
+def _are_operands(x: Tensor, weight: Tensor | None, cos: Tensor, sin: Tensor) -> bool:
+    """Whether both tables turn all channels of all tokens of `x`, and `weight` fits."""
+    if x.dim() != 3 or not x.is_floating_point() or cos.dim() != 2 or not cos.shape[1]:
+        return False
+    tokens, half = x.shape[1], cos.shape[1]
+    if x.shape[2] % (2 * half) or not all(is_scale(one, tokens, half) for one in (cos, sin)):
+        return False
+    return weight is None or (weight.is_floating_point() and weight.shape == x.shape[2:])

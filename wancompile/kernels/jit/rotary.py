@@ -1,4 +1,4 @@
-"""RMSNorm, rotary embedding and rounding to 8 bits of q or k, one program per token."""
+"""RMSNorm and rotary embedding of q or k, rounded to 8 bits or to a float; a program per token."""
 
 # A tuple of chunks changes its type as it grows.
 # mypy: disable-error-code="assignment"
@@ -44,6 +44,48 @@ def _load_token(
 
 
 @triton.jit
+def _sum_squares(chunks):
+    total = chunks[0] * chunks[0]
+    for i in tl.static_range(1, len(chunks)):
+        total = tl.fma(chunks[i], chunks[i], total)
+    return tl.sum(tl.sum(total, 1), 0)
+
+
+@triton.jit
+def _read_token(
+    at,
+    cos,
+    sin,
+    token,
+    eps,
+    cos_strides,
+    sin_strides,
+    H: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """The chunks of the token at `at`, and its cosines and sines over its root mean square.
+
+    Two channels share an angle: to scale the angles costs half of what scaling the channels does.
+    """
+    values = _load_token(at, H, D, BLOCK_H, BLOCK_D)
+    pair = tl.arange(0, BLOCK_D // 2)
+    c = tl.load(cos + token * cos_strides[0] + pair * cos_strides[1], mask=pair < D // 2, other=0.0)
+    s = tl.load(sin + token * sin_strides[0] + pair * sin_strides[1], mask=pair < D // 2, other=0.0)
+    root = tl.rsqrt(_sum_squares(values) / (H * D) + eps)
+    return values, c[None, :] * root, s[None, :] * root
+
+
+@triton.jit
+def _turn_heads(value, weight, cos, sin, FIRST: tl.constexpr, H: tl.constexpr, D: tl.constexpr):
+    """The heads from `FIRST` on times their weights, rotated by `cos` and `sin`."""
+    if weight is not None:
+        value *= _load_heads(weight, FIRST, H, D, value.shape[0], value.shape[1]).to(tl.float32)
+    return _rotate(value, cos, sin)
+
+
+@triton.jit
 def _rotate(value, cos, sin):
     """Turn channels 2i and 2i + 1 of every head by angle i."""
     heads: tl.constexpr = value.shape[0]
@@ -51,6 +93,48 @@ def _rotate(value, cos, sin):
     even, odd = tl.split(value.reshape(heads, channels // 2, 2))
     turned = tl.join(even * cos - odd * sin, even * sin + odd * cos)
     return turned.reshape(heads, channels)
+
+
+@triton.jit
+def _store_heads(to, value, FIRST: tl.constexpr, H: tl.constexpr, D: tl.constexpr):
+    """Write the heads from `FIRST` on to `to`; those beyond `H` are none."""
+    if FIRST + value.shape[0] <= H and value.shape[1] == D:
+        tl.store(to, value)
+    else:
+        head = FIRST + tl.arange(0, value.shape[0])[:, None]
+        channel = tl.arange(0, value.shape[1])[None, :]
+        tl.store(to, value, mask=(head < H) & (channel < D))
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def _norm_rotate(
+    x,
+    weight,
+    cos,
+    sin,
+    out,
+    tokens,
+    eps,
+    x_stride,
+    cos_strides,
+    sin_strides,
+    H: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    token = (tl.program_id(0) % tokens).to(tl.int64)
+    row = tl.program_id(0).to(tl.int64)
+    at = x + row * x_stride
+    values, c, s = _read_token(
+        at, cos, sin, token, eps, cos_strides, sin_strides, H, D, BLOCK_H, BLOCK_D
+    )
+    channel = tl.arange(0, BLOCK_D)[None, :]
+    for i in tl.static_range(len(values)):
+        turned = _turn_heads(values[i], weight, c, s, i * BLOCK_H, H, D)
+        head = i * BLOCK_H + tl.arange(0, BLOCK_H)[:, None]
+        to = out + row * (H * D) + head * D + channel
+        _store_heads(to, turned.to(out.dtype.element_ty), i * BLOCK_H, H, D)
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -78,40 +162,50 @@ def _norm_rotate_quantize(
     batch = row // tokens
     token = (row - batch * tokens).to(tl.int64)
     at = x + row.to(tl.int64) * x_stride
-    values = _load_token(at, H, D, BLOCK_H, BLOCK_D)
-    pair = tl.arange(0, BLOCK_D // 2)
-    c = tl.load(cos + token * cos_strides[0] + pair * cos_strides[1], mask=pair < D // 2, other=0.0)
-    s = tl.load(sin + token * sin_strides[0] + pair * sin_strides[1], mask=pair < D // 2, other=0.0)
-    root = tl.rsqrt(_sum_squares(values) / (H * D) + eps)
+    values, c, s = _read_token(
+        at, cos, sin, token, eps, cos_strides, sin_strides, H, D, BLOCK_H, BLOCK_D
+    )
     channel = tl.arange(0, BLOCK_D)[None, :]
     for i in tl.static_range(len(values)):
         head = i * BLOCK_H + tl.arange(0, BLOCK_H)[:, None]
         inverse = tl.div_rn(1.0, tl.load(scales + head, mask=head < H, other=1.0))
-        normed = values[i]
-        if weight is not None:
-            normed *= _load_heads(weight, i * BLOCK_H, H, D, BLOCK_H, BLOCK_D).to(tl.float32)
-        # Two channels share an angle: to scale the angle costs half of what scaling them does.
-        factor = root * inverse
-        steps = _rotate(normed, c[None, :] * factor, s[None, :] * factor)
+        steps = _turn_heads(values[i], weight, c * inverse, s * inverse, i * BLOCK_H, H, D)
         if shift is not None:
             steps -= _load_heads(shift, i * BLOCK_H, H, D, BLOCK_H, BLOCK_D) * inverse
         to = out + ((batch * H + head).to(tl.int64) * tokens + token) * D + channel
-        rounded = to_8bit(saturate(steps, QMAX), IS_INT8)
-        if i * BLOCK_H + BLOCK_H <= H and BLOCK_D == D:
-            tl.store(to, rounded)
-        else:
-            tl.store(to, rounded, mask=(head < H) & (channel < D))
-
-
-@triton.jit
-def _sum_squares(chunks):
-    total = chunks[0] * chunks[0]
-    for i in tl.static_range(1, len(chunks)):
-        total = tl.fma(chunks[i], chunks[i], total)
-    return tl.sum(tl.sum(total, 1), 0)
+        _store_heads(to, to_8bit(saturate(steps, QMAX), IS_INT8), i * BLOCK_H, H, D)
 
 
 def launch(
+    x: Tensor, weight: Tensor | None, eps: float, cos: Tensor, sin: Tensor, out: Tensor
+) -> None:
+    """Fill `out` with what `norm_rotate` computes.
+
+    Args:
+        x: `[B * S, H * D]`, any float dtype, no gaps inside rows, not empty.
+        weight: `[H * D]`, any float dtype, contiguous, or None.
+        eps: added to the mean square.
+        cos: `[S, D / 2]` fp32, any strides.
+        sin: `[S, D / 2]` fp32, any strides.
+        out: `[B, H, S, D]`, any float dtype, laid out as `[B, S, H, D]`.
+    """
+    grid, shape = _shape(out)
+    _norm_rotate[grid](
+        x,
+        weight,
+        cos,
+        sin,
+        out,
+        out.shape[2],
+        eps,
+        x.stride(0),
+        cos.stride(),
+        sin.stride(),
+        **shape,
+    )
+
+
+def launch_quantize(
     x: Tensor,
     weight: Tensor | None,
     eps: float,
@@ -124,19 +218,17 @@ def launch(
     """Fill `out` with what `norm_rotate_quantize` computes.
 
     Args:
-        x: `[B * S, H * D]`, any float dtype, no gaps inside rows, not empty.
-        weight: `[H * D]`, any float dtype, contiguous, or None.
-        eps: added to the mean square.
-        cos: `[S, D / 2]` fp32, any strides.
-        sin: `[S, D / 2]` fp32, any strides.
+        x: as in `launch`.
+        weight: as in `launch`.
+        eps: as in `launch`.
+        cos: as in `launch`.
+        sin: as in `launch`.
         shift: `[H, D]` fp32, contiguous, or None.
         scale: `[H]` fp32, contiguous.
         out: `[B, H, S, D]`, int8 or e4m3, contiguous.
     """
-    _, heads, tokens, channels = out.shape
-    block_d = triton.next_power_of_2(channels)
-    shape = row_shape(heads * block_d)
-    _norm_rotate_quantize[(x.shape[0],)](
+    grid, shape = _shape(out)
+    _norm_rotate_quantize[grid](
         x,
         weight,
         cos,
@@ -144,16 +236,27 @@ def launch(
         shift,
         scale,
         out,
-        tokens,
+        out.shape[2],
         eps,
         x.stride(0),
         cos.stride(),
         sin.stride(),
-        H=heads,
-        D=channels,
-        BLOCK_H=max(1, shape.chunk // block_d),
-        BLOCK_D=block_d,
+        **shape,
         IS_INT8=out.dtype == INT8,
         QMAX=float(QMAX[out.dtype]),
-        num_warps=shape.warps,
     )
+
+
+def _shape(out: Tensor) -> tuple[tuple[int], dict[str, int]]:
+    """Return the grid and the constants of a kernel that writes `out [B, H, S, D]`."""
+    batch, heads, tokens, channels = out.shape
+    block_d = triton.next_power_of_2(channels)
+    shape = row_shape(heads * block_d)
+    constants = {
+        "H": heads,
+        "D": channels,
+        "BLOCK_H": max(1, shape.chunk // block_d),
+        "BLOCK_D": block_d,
+        "num_warps": shape.warps,
+    }
+    return (batch * tokens,), constants
