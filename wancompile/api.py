@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import gc
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils import _pytree as pytree
 
 from wancompile import passes, pipeline
 from wancompile.calibrate import Calibration
@@ -18,6 +20,7 @@ from wancompile.program import Program
 from wancompile.quant.stats import Stats
 from wancompile.recipe import Recipe, resolve
 from wancompile.report import Report
+from wancompile.resume import Resumable
 from wancompile.samples import CalibData, Call, Run, drive
 from wancompile.signature import name_arguments, parameters_of
 
@@ -52,12 +55,37 @@ def calibrate(
     labels: int = 10,
     rows: int = 256,
     seed: int = 0,
+    device: torch.device | str | None = None,
+    checkpoint: str | Path | None = None,
+    total: int | None = None,
     progress: bool = False,
 ) -> Stats:
-    """Return the statistics of `model` on `calib_data`, to be saved, merged or compiled with."""
+    """Return the statistics of `model` on `calib_data`, to be saved, merged or compiled with.
+
+    Args:
+        model: a Wan transformer with real weights; it is left as it was.
+        calib_data: as for `compile`; a `Sample` is a call that says its kind.
+        labels: number of equal timestep ranges whose statistics are kept apart.
+        rows: tokens sampled of each value that linears read.
+        seed: draws the sample; runs to be merged need different seeds.
+        device: where to run. Weights that are elsewhere come and go, a gigabyte at a time.
+        checkpoint: a file that is written as calibration goes on, and when it is interrupted; it
+            holds a `Stats`. With the same model, data and options a later run skips the calls that
+            are in it. A callable is played from its start: what is in the file then runs without
+            being observed.
+        total: the number of calls to expect, for the time left in the progress bar; a sequence
+            knows its own.
+        progress: show a progress bar.
+
+    Raises:
+        WancompileError: as for `compile`; a `CalibrationError` where the checkpoint is one of
+            another model, other data or other options.
+    """
     _need_weights(model)
-    stats, _ = _calibrate(model, calib_data, labels, rows, seed, progress, dump=None)
-    return stats
+    options = {"labels": labels, "rows": rows, "seed": seed}
+    path = None if checkpoint is None else Path(checkpoint)
+    started = _Started(model, calib_data, _device(device), path, None, **options)
+    return started.drive(total=total, progress=progress)
 
 
 def compile(
@@ -68,6 +96,7 @@ def compile(
     stats: Stats | None = None,
     example_inputs: Mapping[str, Any] | Sequence[Any] | None = None,
     consume: bool = False,
+    device: torch.device | str | None = None,
     progress: bool = False,
     dump: Path | None = None,
 ) -> CompiledModel:
@@ -77,13 +106,15 @@ def compile(
         model: a Wan transformer with real weights. It is left as it was, also when an error is
             raised, unless `consume` is set and everything has succeeded up to quantization.
         calib_data: calls of `model.forward`, each a dict of named or a tuple of positional
-            arguments, shapes may differ; or a callable that runs the model, such as a whole
-            pipeline call.
+            arguments, or a `Sample` of one, shapes may differ; or a callable that runs the model,
+            such as a whole pipeline call.
         recipe: "int8", "fp8", "int8-attention", "fp8-attention" or a `Recipe`.
         stats: statistics of an earlier `calibrate`, instead of `calib_data`.
         example_inputs: one call that shows the shapes, needed where `calib_data` is not given.
         consume: let go of each original weight once it is quantized, so that host memory never
             holds both; `model` is on the meta device afterwards.
+        device: where calibration, the search for smooth scales and rounding compute. Weights that
+            are elsewhere come and go, a gigabyte at a time; the result is where `model` was.
         progress: show progress bars.
         dump: a folder for the text of every level and the diff of every pass.
 
@@ -100,20 +131,24 @@ def compile(
             "8-bit attention needs calibration data or statistics for its static scales"
         )
     _need_weights(model)
-    program, probe, stats = _prepare(
-        model, calib_data, stats, example_inputs, progress=progress, dump=dump
+    where = _device(device)
+    program, call, stats = _prepare(
+        model, calib_data, stats, example_inputs, device=where, progress=progress, dump=dump
     )
     chosen.check(program.groups, program.attentions)
     bytes_before = program.nbytes
     smoothed = pipeline.run(
-        program, passes.smoothing(chosen, stats), probe=pipeline.Probe(probe), dump=dump
+        program,
+        passes.smoothing(chosen, stats, where),
+        probe=pipeline.Probe(call, where),
+        dump=dump,
     )
     if consume:
         program.release()
         model.to("meta")
         gc.collect()  # what came before `program` is tied in cycles, and shares its weights
     quantized = pipeline.run(
-        smoothed, passes.quantization(chosen, stats), dump=dump, consume=consume
+        smoothed, passes.quantization(chosen, stats, where), dump=dump, consume=consume
     )
     fused = pipeline.run(quantized, passes.FUSE, dump=dump, consume=True)
     report = Report(chosen, (), (), (), bytes_before, 0).with_program(fused)
@@ -126,6 +161,7 @@ def _prepare(
     stats: Stats | None,
     example_inputs: Mapping[str, Any] | Sequence[Any] | None,
     *,
+    device: torch.device | None,
     progress: bool,
     dump: Path | None,
 ) -> tuple[Program, Call, Stats | None]:
@@ -133,53 +169,100 @@ def _prepare(
     if calib_data is not None:
         if stats is not None:
             raise InputError("give calib_data or stats, not both")
-        found, calibration = _calibrate(model, calib_data, 10, 256, 0, progress, dump)
-        return calibration.program, calibration.first_call, found
+        started = _Started(model, calib_data, device, None, dump)
+        found = started.drive(progress=progress)
+        return started.program, started.first_call, found
     if example_inputs is None:
         raise InputError("without calib_data, example_inputs must show one call of the model")
-    call = _named(model, example_inputs)
-    return _normalize(model, [call], dynamic=True, dump=dump), call, stats
+    call = _beside(model, _named(model, example_inputs))
+    return _normalize(model, [call], device=device, dump=dump), call, stats
 
 
 class _Started:
     """A calibration, begun when the first calls are known."""
 
-    def __init__(self, model: torch.nn.Module, dump: Path | None, **options: Any) -> None:
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        data: CalibData,
+        device: torch.device | None,
+        checkpoint: Path | None,
+        dump: Path | None,
+        **options: int,
+    ) -> None:
         self._model = model
+        self._data = data
+        self._device = device
+        self._checkpoint = checkpoint
         self._dump = dump
         self._options = options
+        self._resumable: Resumable | None = None
+        self._calibration: Calibration
         self.program: Program
         self.first_call: Call
-        self.calibration: Calibration
+
+    def drive(self, *, total: int | None = None, progress: bool) -> Stats:
+        """Run all calls and return what was learned."""
+        try:
+            drive(self._model, self._data, self, total=total, progress=progress)
+        finally:  # an interrupted run is kept, too
+            if self._resumable is not None:
+                self._resumable.keep()
+        if self._resumable is not None:
+            self._resumable.finish()
+        return self._calibration.stats()
 
     def __call__(self, calls: Sequence[Call]) -> Run:
-        self.first_call = dict(calls[0])
-        self.program = _normalize(self._model, calls, dynamic=True, dump=self._dump)
-        self.calibration = Calibration(self.program, **self._options)
-        return self.calibration.observe
-
-
-def _calibrate(
-    model: torch.nn.Module,
-    calib_data: CalibData,
-    labels: int,
-    rows: int,
-    seed: int,
-    progress: bool,
-    dump: Path | None,
-) -> tuple[Stats, _Started]:
-    started = _Started(model, dump, labels=labels, rows=rows, seed=seed)
-    drive(model, calib_data, started, progress=progress)
-    return started.calibration.stats(), started
+        """Trace the model on its first calls, and return what observes every call."""
+        beside = [_beside(self._model, call) for call in calls]
+        self.first_call = beside[0]
+        self.program = _normalize(self._model, beside, device=self._device, dump=self._dump)
+        path, device = self._checkpoint, self._device
+        undo = path is not None
+        self._calibration = Calibration(self.program, device=device, undo=undo, **self._options)
+        observe: Run = self._calibration.observe
+        if path is not None:
+            live = callable(self._data)
+            self._resumable = Resumable(self._calibration, path, self._options, live=live)
+            observe = self._resumable
+        return lambda call, label: observe(_beside(self._model, call), label)
 
 
 def _normalize(
-    model: torch.nn.Module, calls: Sequence[Call], *, dynamic: bool, dump: Path | None
+    model: torch.nn.Module,
+    calls: Sequence[Call],
+    *,
+    dynamic: bool = True,
+    device: torch.device | None = None,
+    dump: Path | None,
 ) -> Program:
     program = export(model, calls, dynamic=dynamic)
     is_real = not any(tensor.is_meta for tensor in program.state.values())
-    probe = pipeline.Probe(calls[0]) if is_real else None
+    probe = pipeline.Probe(calls[0], device) if is_real else None
     return pipeline.run(program, passes.NORMALIZE, probe=probe, dump=dump)
+
+
+def _device(device: torch.device | str | None) -> torch.device | None:
+    if device is None:
+        return None
+    try:
+        found = torch.device(device)
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(f"cannot compute on the device {device!r}: {reason}") from error
+    return found
+
+
+def _beside(model: torch.nn.Module, call: Call) -> Call:
+    """Return the call with its tensors where the model's are."""
+    weights = itertools.chain(model.parameters(), model.buffers())
+    home = next((tensor.device for tensor in weights), None)
+
+    def moved(leaf: Any) -> Any:
+        return leaf.to(home) if isinstance(leaf, torch.Tensor) else leaf
+
+    return dict(pytree.tree_map(moved, dict(call)))
 
 
 def _named(model: torch.nn.Module, inputs: Mapping[str, Any] | Sequence[Any]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from wancompile.program import Program
 from wancompile.quant import lines
 from wancompile.quant.stats import ChannelStats, HeadStats, Stats
 from wancompile.signature import name_arguments
-from wancompile.stream import place
+from wancompile.stream import Stream, place
 
 # Schedulers of flow-matching models count timesteps from 0 to 1000.
 _TIMESTEPS = 1000.0
@@ -62,6 +62,7 @@ class Calibration:
         self._timesteps: tuple[float, float] | None = None
         self._buffers = [self._state[name] for name in self._buffer_names()]
         self._before = [torch.empty_like(one) for one in self._buffers] if undo else []
+        self._plain: Program | Stream | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the program on one call of the model and observe it; see `observe`."""
@@ -75,6 +76,7 @@ class Calibration:
         Raises:
             CalibrationError: the call drove NaN or infinity through an observed value.
         """
+        self._plain = None
         step = self._timestep(call)
         line = self._point_at(step, label)
         if self._before:
@@ -90,13 +92,19 @@ class Calibration:
         return output
 
     def replay(self, call: Mapping[str, Any]) -> Any:
-        """Run the program on a call that was observed in an earlier life, and observe nothing."""
-        return place(self._program, self._device)(**call)
+        """Run the program on a call without observing it."""
+        self._plain = self._plain or place(self._program, self._device)
+        return self._plain(**call)
 
     @property
     def calls(self) -> int:
         """The number of calls observed."""
         return self._calls
+
+    @property
+    def model(self) -> str:
+        """A digest of the weights."""
+        return self._model
 
     def stats(self) -> Stats:
         """Return what has been observed so far, where the weights are.
@@ -120,7 +128,15 @@ class Calibration:
         )
 
     def restore(self, stats: Stats) -> None:
-        """Go on from `stats` of the same model, made with the same options."""
+        """Go on from `stats` of the same model, made with the same options.
+
+        Raises:
+            CalibrationError: they are of other sites.
+        """
+        if stats.channels.keys() != set(self._sites()) or stats.heads.keys() != set(
+            self._operands()
+        ):
+            raise CalibrationError("the statistics to go on from are of other sites")
         for site, one in stats.channels.items():
             for part in _CHANNEL_PARTS:
                 self._buffer(site, part).copy_(getattr(one, part))
