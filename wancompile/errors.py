@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from wancompile.gate.check import Check
+
 
 class WancompileError(Exception):
     """Base of every error raised on purpose.
@@ -58,3 +63,11 @@ class NumericsError(WancompileError):
 
 class ArtifactError(WancompileError):
     """A model cannot be saved, or what was saved is damaged, foreign or newer."""
+
+
+class GateError(WancompileError):
+    """A compiled model is too far from the original, or holds NaN; `check` has all figures."""
+
+    def __init__(self, reason: str, *, check: Check) -> None:
+        self.check = check
+        super().__init__(reason)
