@@ -22,10 +22,12 @@ from wancompile.inspect import is_under
 from wancompile.ir import text
 from wancompile.pipeline import relative_error
 from wancompile.program import Program
+from wancompile.quant.stats import Stats
 from wancompile.recipe import resolve
 
 Inputs = Mapping[str, Tensor]
-RECIPE = resolve("int8-attention")
+RECIPES = ["int8-attention", "int8"]
+"""Attention in 8 bits, and in floating point."""
 LAYERS = 2
 
 
@@ -37,14 +39,24 @@ class Levels(NamedTuple):
     fused: Program
 
 
-def levels(model: nn.Module, inputs: Inputs, *, dynamic: bool = False) -> Levels:
+class Traced(NamedTuple):
+    """A model in floating point, and what calibration learned of it."""
+
+    normal: Program
+    stats: Stats
+
+    def levels(self, recipe: str = "int8-attention") -> Levels:
+        resolved = resolve(recipe)
+        smoothed = pipeline.run(self.normal, passes.smoothing(resolved, self.stats))
+        quantized = pipeline.run(smoothed, passes.quantization(resolved, self.stats))
+        return Levels(self.normal, quantized, pipeline.run(quantized, passes.FUSE))
+
+
+def traced(model: nn.Module, inputs: Inputs, *, dynamic: bool = False) -> Traced:
     normal = wancompile.trace(model, inputs, dynamic=dynamic)
     calibration = Calibration(normal)
     calibration(**inputs)
-    stats = calibration.stats()
-    smoothed = pipeline.run(normal, passes.smoothing(RECIPE, stats))
-    quantized = pipeline.run(smoothed, passes.quantization(RECIPE, stats))
-    return Levels(normal, quantized, pipeline.run(quantized, passes.FUSE))
+    return Traced(normal, calibration.stats())
 
 
 def outputs(found: Levels, inputs: Inputs) -> list[Tensor]:
@@ -99,16 +111,30 @@ def blocks(variant: str) -> list[str]:
 @pytest.mark.parametrize("variant", zoo.VARIANTS)
 def test_every_block_of_every_wan_is_fused(variant):
     model, inputs = zoo.make(variant, LAYERS)
-    found = levels(model, inputs)
-    for block in blocks(variant):
-        assert done(found.fused, block) == expected(variant, block), block
-    assert not skips(found.fused, "fuse_rotary") | skips(found.fused, "fuse_gelu")
-    assert_within_rounding(found, inputs)
+    both = traced(model, inputs)
+    for recipe in RECIPES:
+        found = both.levels(recipe)
+        for block in blocks(variant):
+            assert done(found.fused, block) == expected(variant, block), block
+        assert not skips(found.fused, "fuse_rotary") | skips(found.fused, "fuse_gelu")
+        assert_within_rounding(found, inputs)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_norms_of_cross_attention_stay(recipe):
+    """Of q and k of video and text, and of k of the image; there nothing rotates."""
+    model, inputs = zoo.make("i2v", LAYERS)
+    found = traced(model, inputs).levels(recipe)
+    before, after = (text.op_counts(one.graph) for one in (found.quantized, found.fused))
+    rotated = "norm_rotate" if recipe == "int8" else "norm_rotate_quantize"
+    assert (before["rms_norm"], after["rms_norm"]) == (5 * LAYERS, 3 * LAYERS)
+    assert after[rotated] == 2 * LAYERS
+    assert "stack" not in after
 
 
 def test_what_is_merged_in_a_block():
     model, inputs = zoo.make("i2v", LAYERS)
-    fused = levels(model, inputs).fused
+    fused = traced(model, inputs).levels().fused
     (record,) = (one for one in fused.records if one.name == "merge_linears")
     attn1, attn2 = "blocks.1.attn1", "blocks.1.attn2"
     assert [note.text for note in record.done if is_under(note.site, "blocks.1")] == [
@@ -121,13 +147,13 @@ def test_what_is_merged_in_a_block():
 def test_control_hints_are_added_by_the_norm_that_follows():
     """What control blocks add to the stream comes from no 8-bit linear."""
     model, inputs = zoo.make("vace", LAYERS)
-    counts = text.op_counts(levels(model, inputs).fused.graph)
+    counts = text.op_counts(traced(model, inputs).levels().fused.graph)
     assert counts["residual_norm_quantize"] == len(zoo.vace_layers(LAYERS))
 
 
 def test_rows_of_a_timestep_per_token_are_found_once():
     model, inputs = zoo.make("ti2v", LAYERS)
-    counts = text.op_counts(levels(model, inputs).fused.graph)
+    counts = text.op_counts(traced(model, inputs).levels().fused.graph)
     assert counts["repeated_rows"] == 1
     assert counts["residual_norm_quantize"] == 2 * LAYERS - 1
 
@@ -136,23 +162,34 @@ def test_rows_of_a_timestep_per_token_are_found_once():
 
 
 @functools.cache
-def open_levels(variant: str) -> Levels:
+def open_traced(variant: str) -> Traced:
     model, inputs = zoo.make(variant, 1)
-    return levels(model, inputs, dynamic=True)
+    return traced(model, inputs, dynamic=True)
 
 
-@given(st.sampled_from(["t2v", "i2v", "ti2v"]), st.integers(1, 3), st.integers(0, 2**32 - 1))
+@functools.cache
+def open_levels(variant: str, recipe: str) -> Levels:
+    return open_traced(variant).levels(recipe)
+
+
+@given(
+    st.sampled_from(["t2v", "i2v", "ti2v"]),
+    st.sampled_from(RECIPES),
+    st.integers(1, 3),
+    st.integers(0, 2**32 - 1),
+)
 @settings(deadline=None, max_examples=6)
-def test_fusions_keep_the_function_at_other_sizes(variant, batch, seed):
+def test_fusions_keep_the_function_at_other_sizes(variant, recipe, batch, seed):
     inputs = zoo.example(variant, 1, batch=batch, seed=seed)
-    assert_within_rounding(open_levels(variant), inputs)
+    assert_within_rounding(open_levels(variant, recipe), inputs)
 
 
+@pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("variant", ["t2v", "ti2v"])
-def test_bf16_is_rounded_less_often(variant):
+def test_bf16_is_rounded_less_often(variant, recipe):
     """Beside the model of the same weights in fp32, the fused program is not the farther one."""
     model, inputs = zoo.make(variant, LAYERS, dtype=torch.bfloat16)
-    found = levels(model, inputs)
+    found = traced(model, inputs).levels(recipe)
     with torch.no_grad():
         wider = {name: one.float() for name, one in inputs.items()}
         exact = copy.deepcopy(model).float()(**wider, return_dict=False)[0]
@@ -170,12 +207,15 @@ def test_a_wan_by_another_hand(style, variant):
     wan, inputs = zoo.make(variant, LAYERS)
     loom = clone.from_wan(wan, clone.Taste(style, long_gelu=style == "bmm"))
     arguments = clone.arguments(inputs)
-    found = levels(loom, arguments)
+    both = traced(loom, arguments)
     wanted = expected(variant, "blocks.0")
+    reasons = set()
     if style == "einsum":
         wanted["fuse_rotary"] = 0
-        reason = "its operand is not rotated by pairs of channels"
-        assert skips(found.fused, "fuse_rotary") == {reason}
-    for row in range(LAYERS):
-        assert done(found.fused, f"heddles.{row}") == wanted
-    assert_within_rounding(found, arguments)
+        reasons = {"its operand is not rotated by pairs of channels"}
+    for recipe in RECIPES:
+        found = both.levels(recipe)
+        assert skips(found.fused, "fuse_rotary") == reasons
+        for row in range(LAYERS):
+            assert done(found.fused, f"heddles.{row}") == wanted
+        assert_within_rounding(found, arguments)
