@@ -175,6 +175,8 @@ def time_projections() -> Iterator[Row]:
             yield time_rotary(Row("project", shape, "q: norm, rotate"), merged, 0, dtype, rate)
             row = Row("project", shape, "k: norm, rotate, shift")
             yield time_rotary(row, merged, 1, dtype, rate)
+        row = Row("project", f"{resolution} bf16", "q: norm, rotate")
+        yield time_float_rotary(row, merged, rate)
         yield time_values(Row("project", resolution, "v: e4m3, transposed"), merged, rate)
         for channels in (8960, 13824):
             x = activations(tokens, channels) / 8
@@ -184,12 +186,7 @@ def time_projections() -> Iterator[Row]:
 
 
 def time_rotary(row: Row, merged: Tensor, part: int, dtype: torch.dtype, rate: float) -> Row:
-    tokens, channels = merged.shape[1], HEADS * HEAD_SIZE
-    x = merged[..., part * channels : (part + 1) * channels]
-    angle = torch.rand(tokens, HEAD_SIZE // 2, device=DEVICE) * 6
-    cos, sin = torch.stack([angle.cos(), angle.sin()], -1).unbind(-1) if part else (
-        angle.cos(), angle.sin())  # fmt: skip
-    weight = torch.rand(channels, device=DEVICE).bfloat16()
+    x, weight, _, cos, sin = given = rotary_operands(merged, part)
     shift = torch.randn(HEADS, HEAD_SIZE, device=DEVICE) if part else None
     rest = shift, torch.full((HEADS,), 4 / 127, device=DEVICE), dtype
     sample = ops.norm_rotate_quantize(x[:, -LAST:], weight, EPS, cos[-LAST:], sin[-LAST:], *rest)
@@ -197,9 +194,31 @@ def time_rotary(row: Row, merged: Tensor, part: int, dtype: torch.dtype, rate: f
         row,
         rate,
         3 * x.numel(),
-        lambda: kernels.norm_rotate_quantize_triton(x, weight, EPS, cos, sin, *rest),
+        lambda: kernels.norm_rotate_quantize_triton(*given, *rest),
         lambda out: differing(out[:, :, -LAST:], sample),
     )
+
+
+def time_float_rotary(row: Row, merged: Tensor, rate: float) -> Row:
+    x, weight, _, cos, sin = given = rotary_operands(merged, 0)
+    sample = ops.norm_rotate(x[:, -LAST:], weight, EPS, cos[-LAST:], sin[-LAST:], x.dtype)
+    return timed(
+        row,
+        rate,
+        4 * x.numel(),
+        lambda: kernels.norm_rotate_triton(*given, x.dtype),
+        lambda out: differing(out[:, :, -LAST:], sample),
+    )
+
+
+def rotary_operands(merged: Tensor, part: int) -> tuple[Tensor, Tensor, float, Tensor, Tensor]:
+    """One projection, weight, eps, cosines and sines; those of k lie side by side."""
+    tokens, channels = merged.shape[1], HEADS * HEAD_SIZE
+    x = merged[..., part * channels : (part + 1) * channels]
+    angle = torch.rand(tokens, HEAD_SIZE // 2, device=DEVICE) * 6
+    cos, sin = torch.stack([angle.cos(), angle.sin()], -1).unbind(-1) if part else (
+        angle.cos(), angle.sin())  # fmt: skip
+    return x, torch.rand(channels, device=DEVICE).bfloat16(), EPS, cos, sin
 
 
 def time_values(row: Row, merged: Tensor, rate: float) -> Row:

@@ -74,6 +74,7 @@ def rows(tokens: int, device: torch.device) -> Iterator[Case]:
     ones = torch.ones(512, device=device)
     angles = torch.rand(tokens, 64, device=device)
     yield fused.RMS_NORM, (x, [512], ones.to(x.dtype), fused.EPS)
+    yield fused.FLOAT_ROTATE, (x, None, fused.EPS, angles, angles, x.dtype)
     for kind in fused.KINDS:
         gate, gate_offset, *modulated, at = fused.modulation(kind, shape, x.dtype, device)
         yield fused.NORM, (x, *modulated, at, fused.EPS, ones, INT8)

@@ -14,6 +14,7 @@ NORM = torch.ops.wancompile.norm_quantize.default
 RESIDUAL_NORM = torch.ops.wancompile.residual_norm_quantize.default
 ADD_GATED = torch.ops.wancompile.add_gated.default
 ROTATE = torch.ops.wancompile.norm_rotate_quantize.default
+FLOAT_ROTATE = torch.ops.wancompile.norm_rotate.default
 RMS_NORM = torch.ops.aten.rms_norm.default
 SDPA = torch.ops.aten.scaled_dot_product_attention.default
 
@@ -127,41 +128,74 @@ def test_gelu_kernel_is_the_plain_body(cuda, dtype, approximate, tokens, channel
     assert_quantized_alike(fitting(GELU, cuda, args)[0].impl(*args), ops.gelu_quantize(*args))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shift", [True, False])
-@pytest.mark.parametrize("interleaved", [True, False])
-@pytest.mark.parametrize(
-    ("batch", "tokens", "heads", "size"),
-    [
-        (1, 1, 12, 128),
-        (2, 127, 24, 128),
-        (1, 333, 40, 128),
-        (2, 65, 5, 40),
-        (1, 100, 4, 64),
-        (1, 32760, 40, 128),
-        (1, 75600, 12, 128),
-    ],
-)
-def test_rotary_kernel_is_the_plain_body(
-    cuda, dtype, shift, interleaved, batch, tokens, heads, size
-):
+ROTATED = [  # batch, tokens, heads, head size
+    (1, 1, 12, 128),
+    (2, 127, 24, 128),
+    (1, 333, 40, 128),
+    (2, 65, 5, 40),
+    (1, 100, 4, 64),
+    (1, 32760, 40, 128),
+    (1, 75600, 12, 128),
+]
+
+
+def projected(shape: tuple[int, ...], interleaved: bool, device: torch.device) -> tuple:
+    """x, a part of a merged projection, weight, eps, cosines and sines."""
+    batch, tokens, heads, size = shape
     channels = heads * size
-    merged = stream(batch, tokens, 3 * channels, device=cuda)
-    angle = torch.rand(tokens, size // 2, device=cuda) * 6
+    merged = stream(batch, tokens, 3 * channels, device=device)
+    angle = torch.rand(tokens, size // 2, device=device) * 6
     cos, sin = angle.cos(), angle.sin()
     if interleaved:
         cos, sin = torch.stack([cos, sin], -1).unbind(-1)
+    weight = (torch.rand(channels, device=device) + 0.5).to(torch.bfloat16)
+    return merged[..., channels : 2 * channels], weight, EPS, cos, sin
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shift", [True, False])
+@pytest.mark.parametrize("interleaved", [True, False])
+@pytest.mark.parametrize("shape", ROTATED)
+def test_rotary_kernel_is_the_plain_body(cuda, dtype, shift, interleaved, shape):
+    _, _, heads, size = shape
     args = (
-        merged[..., channels : 2 * channels],
-        (torch.rand(channels, device=cuda) + 0.5).to(torch.bfloat16),
-        EPS,
-        cos,
-        sin,
+        *projected(shape, interleaved, cuda),
         torch.randn(heads, size, device=cuda) if shift else None,
         (torch.rand(heads, device=cuda) + 0.5) * 4 / QMAX[dtype],
         dtype,
     )
     assert_alike(fitting(ROTATE, cuda, args)[0].impl(*args), ops.norm_rotate_quantize(*args))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("interleaved", [True, False])
+@pytest.mark.parametrize("shape", ROTATED)
+def test_float_rotary_kernel_is_rounded_once(cuda, dtype, interleaved, shape):
+    x, weight, _, cos, sin = given = projected(shape, interleaved, cuda)
+    args = *given, dtype
+    out, plain = fitting(FLOAT_ROTATE, cuda, args)[0].impl(*args), ops.norm_rotate(*args)
+    assert (out.shape, out.stride(), out.dtype) == (plain.shape, plain.stride(), plain.dtype)
+    for first in {0, max(0, shape[1] - 300)}:  # the first tokens, and the last
+        part = slice(first, first + 300)
+        normed = F.rms_norm(x[:, part].double(), weight.shape, weight.double(), EPS)
+        pairs = torch.view_as_complex(normed.view(*normed.shape[:2], shape[2], -1, 2))
+        turned = pairs * torch.complex(cos[part].double(), sin[part].double())[:, None]
+        exact = torch.view_as_real(turned).flatten(-2).transpose(1, 2)
+        size = turned.abs().repeat_interleave(2, -1).transpose(1, 2)
+        bound = torch.finfo(dtype).eps / 2 * 1.001 * exact.abs() + 3e-6 * size + 6e-8
+        assert ((out[:, :, part] - exact).abs() <= bound).all()
+    assert relative_error(out, plain) < torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("shape", [(2, 127, 24, 128), (1, 333, 40, 128)])
+def test_attention_of_rotated_q_and_k_lies_as_the_next_linear_reads_it(cuda, shape):
+    args = *projected(shape, True, cuda), torch.bfloat16
+    value = fitting(FLOAT_ROTATE, cuda, args)[0].impl(*args)
+    given = value, value, value, None, 0.0, False, None, False
+    out = fitting(SDPA, cuda, given)[0].impl(*given)
+    assert out.transpose(1, 2).is_contiguous()
+    exact = F.scaled_dot_product_attention(*[value.double()] * 3)
+    assert relative_error(out, exact) < 1e-2
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -205,10 +239,11 @@ def test_kernels_never_wait_for_the_gpu_and_compile_once_for_all_lengths(cuda, d
         kernels.add_gated_triton(x, x, x, ones, None)
         kernels.gelu_quantize_triton(x, "tanh", ones, dtype)
         kernels.norm_rotate_quantize_triton(x, None, EPS, angles, angles, None, ones[:4], dtype)
+        kernels.norm_rotate_triton(x, None, EPS, angles, angles, x.dtype)
         kernels.rms_norm_triton(x, [512], None, EPS)
 
     compiled = norm._norm_quantize, norm._add_gated, norm._rms_norm, rotary._norm_rotate_quantize
-    compiled = *compiled, activation._gelu_quantize
+    compiled = *compiled, activation._gelu_quantize, rotary._norm_rotate
     run(128)
     counts = [len(one.device_caches[cuda.index][0]) for one in compiled]
     torch.cuda.synchronize()
