@@ -130,13 +130,25 @@ class Stream:
 
 
 def _readers(nodes: list[Node]) -> dict[str, list[int]]:
-    """Return the steps that read each stored tensor, in order."""
+    """Return the steps that read each stored tensor or a view of it, in order."""
     found: dict[str, list[int]] = {}
+    views: dict[Node, set[str]] = {}
     for step, node in enumerate(nodes):
-        for parent in node.all_input_nodes:
-            if parent.op == "get_attr":
-                found.setdefault(str(parent.target), []).append(step)
+        if node.op == "get_attr":
+            views[node] = {str(node.target)}
+            continue
+        names = {name for parent in node.all_input_nodes for name in views.get(parent, ())}
+        for name in names:
+            found.setdefault(name, []).append(step)
+        if names and _may_view(node):
+            views[node] = names
     return found
+
+
+def _may_view(node: Node) -> bool:
+    """Whether the result may share the memory of an operand."""
+    schema = getattr(node.target, "_schema", None)
+    return schema is None or any(one.alias_info is not None for one in schema.returns)
 
 
 def _written(nodes: list[Node]) -> set[str]:
