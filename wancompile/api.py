@@ -16,6 +16,9 @@ from wancompile.calibrate import Calibration
 from wancompile.compiled import CompiledModel
 from wancompile.errors import CalibrationError, InputError
 from wancompile.export import export
+from wancompile.gate.evidence import Evidence, HoldBack
+from wancompile.gate.limits import DEFAULT, Limits
+from wancompile.gate.rounds import Rounds
 from wancompile.program import Program
 from wancompile.quant.stats import Stats
 from wancompile.recipe import Recipe, resolve
@@ -84,7 +87,8 @@ def calibrate(
     _need_weights(model)
     options = {"labels": labels, "rows": rows, "seed": seed}
     path = None if checkpoint is None else Path(checkpoint)
-    started = _Started(model, calib_data, _device(device), path, None, **options)
+    where = _device(device)
+    started = _Started(model, calib_data, where, path, None, gated=False, **options)
     return started.drive(total=total, progress=progress)
 
 
@@ -97,10 +101,16 @@ def compile(
     example_inputs: Mapping[str, Any] | Sequence[Any] | None = None,
     consume: bool = False,
     device: torch.device | str | None = None,
+    limits: Limits | None = DEFAULT,
     progress: bool = False,
     dump: Path | None = None,
 ) -> CompiledModel:
-    """Return `model` calibrated, smoothed and quantized.
+    """Return `model` calibrated, smoothed, quantized, and compared with what it was.
+
+    Of `calib_data` every ninth call from the fourth on, four at most, is kept from calibration; on
+    them the result is compared with the original. Of fewer than four calls none can be spared: then
+    the first is compared, and without data the example. What is beyond its limit falls back to
+    higher precision, as the report says.
 
     Args:
         model: a Wan transformer with real weights. It is left as it was, also when an error is
@@ -112,9 +122,11 @@ def compile(
         stats: statistics of an earlier `calibrate`, instead of `calib_data`.
         example_inputs: one call that shows the shapes, needed where `calib_data` is not given.
         consume: let go of each original weight once it is quantized, so that host memory never
-            holds both; `model` is on the meta device afterwards.
+            holds both; `model` is on the meta device afterwards, also where the result is too far
+            from it. Groups still fall back for errors of their own, for those are known before.
         device: where calibration, the search for smooth scales and rounding compute. Weights that
             are elsewhere come and go, a gigabyte at a time; the result is where `model` was.
+        limits: what the result is held to; None compares nothing.
         progress: show progress bars.
         dump: a folder for the text of every level and the diff of every pass.
 
@@ -123,6 +135,7 @@ def compile(
         `model`, not copied.
 
     Raises:
+        GateError: the result is too far from `model`, whatever fell back.
         WancompileError: with the site, the source line, the pass and the reason; see `errors`.
     """
     chosen = resolve(recipe)
@@ -132,27 +145,25 @@ def compile(
         )
     _need_weights(model)
     where = _device(device)
-    program, call, stats = _prepare(
-        model, calib_data, stats, example_inputs, device=where, progress=progress, dump=dump
+    gated = limits is not None
+    program, call, stats, evidence = _prepare(
+        model, calib_data, stats, example_inputs, where, gated, progress=progress, dump=dump
     )
     chosen.check(program.groups, program.attentions)
     bytes_before = program.nbytes
-    smoothed = pipeline.run(
-        program,
-        passes.smoothing(chosen, stats, where),
-        probe=pipeline.Probe(call, where),
-        dump=dump,
-    )
+    probe = pipeline.Probe(call, where)
+    rounds = Rounds(chosen, stats, limits, evidence, probe, where, dump)
+    smoothed = rounds.smooth(program)
     if consume:
         program.release()
         model.to("meta")
         gc.collect()  # what came before `program` is tied in cycles, and shares its weights
-    quantized = pipeline.run(
-        smoothed, passes.quantization(chosen, stats, where), dump=dump, consume=consume
-    )
+    quantized = rounds.quantize(program, smoothed, consume=consume)
     fused = pipeline.run(quantized, passes.FUSE, dump=dump, consume=True)
-    report = Report(chosen, (), (), (), bytes_before, 0).with_program(fused)
-    return CompiledModel(fused, report, getattr(model, "config", None), _dtype_of(model))
+    gate = rounds.finish(fused)
+    report = Report(rounds.recipe, (), (), (), bytes_before, 0, gate=gate).with_program(fused)
+    config = getattr(model, "config", None)
+    return CompiledModel(fused, report, config, _dtype_of(model), evidence)
 
 
 def _prepare(
@@ -160,22 +171,27 @@ def _prepare(
     calib_data: CalibData | None,
     stats: Stats | None,
     example_inputs: Mapping[str, Any] | Sequence[Any] | None,
-    *,
     device: torch.device | None,
+    gated: bool,
+    *,
     progress: bool,
     dump: Path | None,
-) -> tuple[Program, Call, Stats | None]:
-    """Return the NORMAL program, one call to check folds on, and the statistics, if any."""
+) -> tuple[Program, Call, Stats | None, Evidence | None]:
+    """Return the NORMAL program, one call to check folds on, and the statistics, if any.
+
+    Last comes what the gate compares with, where it is wanted.
+    """
     if calib_data is not None:
         if stats is not None:
             raise InputError("give calib_data or stats, not both")
-        started = _Started(model, calib_data, device, None, dump)
+        started = _Started(model, calib_data, device, None, dump, gated=gated)
         found = started.drive(progress=progress)
-        return started.program, started.first_call, found
+        return started.program, started.first_call, found, started.evidence()
     if example_inputs is None:
         raise InputError("without calib_data, example_inputs must show one call of the model")
     call = _beside(model, _named(model, example_inputs))
-    return _normalize(model, [call], device=device, dump=dump), call, stats
+    program = _normalize(model, [call], device=device, dump=dump)
+    return program, call, stats, Evidence.of(program, [call], device=device) if gated else None
 
 
 class _Started:
@@ -188,6 +204,8 @@ class _Started:
         device: torch.device | None,
         checkpoint: Path | None,
         dump: Path | None,
+        *,
+        gated: bool,
         **options: int,
     ) -> None:
         self._model = model
@@ -196,7 +214,9 @@ class _Started:
         self._checkpoint = checkpoint
         self._dump = dump
         self._options = options
+        self._gated = gated
         self._resumable: Resumable | None = None
+        self._held: HoldBack | None = None
         self._calibration: Calibration
         self.program: Program
         self.first_call: Call
@@ -225,7 +245,17 @@ class _Started:
             live = callable(self._data)
             self._resumable = Resumable(self._calibration, path, self._options, live=live)
             observe = self._resumable
+        if self._gated:
+            observe = self._held = HoldBack(self._calibration, self.program, device)
         return lambda call, label: observe(_beside(self._model, call), label)
+
+    def evidence(self) -> Evidence | None:
+        """Return what the gate compares with: the calls held back, or the first one."""
+        if self._held is None:
+            return None
+        if self._held.held:
+            return self._held.evidence()
+        return Evidence.of(self.program, [self.first_call], device=self._device)
 
 
 def _normalize(

@@ -37,6 +37,9 @@ class Calibration:
         device: where to run; weights that are elsewhere come and go, see `stream`.
         undo: leave no trace of a call that fails or is interrupted, for one more copy of all
             statistics on the device.
+
+    Attributes:
+        passed_over: how many calls went by without being observed, to number the others right.
     """
 
     def __init__(
@@ -58,6 +61,7 @@ class Calibration:
         self._seed = seed
         self._model = of_state(program.state)
         self._calls = 0
+        self.passed_over = 0
         self._tally = [0] * (labels * lines.PER_RANGE)
         self._timesteps: tuple[float, float] | None = None
         self._buffers = [self._state[name] for name in self._buffer_names()]
@@ -219,7 +223,7 @@ class Calibration:
         first = sites[int((~torch.isfinite(peaks)).int().argmax())]
         node = match.by_site(self._observed.graph)[first]
         raise CalibrationError(
-            f"sample {self._calls} drives NaN or infinity into this linear",
+            f"sample {self._calls + self.passed_over} drives NaN or infinity into this linear",
             site=str(first),
             source=match.source_line(node),
             pass_name="calibrate",

@@ -11,6 +11,10 @@ import torch
 
 from wancompile import passes, pipeline
 from wancompile.artifact.save import save
+from wancompile.gate.again import Inputs, check_again
+from wancompile.gate.check import Check
+from wancompile.gate.evidence import Evidence
+from wancompile.gate.limits import DEFAULT, Limits
 from wancompile.program import Program
 from wancompile.report import Report
 from wancompile.samples import wrap_output
@@ -30,8 +34,16 @@ class CompiledModel(torch.nn.Module):
         report: what was rewritten, what was skipped and why, errors per site.
     """
 
-    def __init__(self, fused: Program, report: Report, config: Any, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        fused: Program,
+        report: Report,
+        config: Any,
+        dtype: torch.dtype,
+        evidence: Evidence | None = None,
+    ) -> None:
         super().__init__()
+        self._evidence = evidence
         self._fused = fused
         self._dtype = dtype
         self.config = config
@@ -54,6 +66,32 @@ class CompiledModel(torch.nn.Module):
         with torch.no_grad():
             leaves = self.graph(*signature.bind((), call))
         return wrap_output(signature.unflatten(leaves), call)
+
+    def check(
+        self,
+        inputs: Inputs | None = None,
+        *,
+        reference: torch.nn.Module | Program | None = None,
+        limits: Limits | None = None,
+    ) -> Check:
+        """Compare with the original again; `print` the result, or ask it whether it `passed`.
+
+        Args:
+            inputs: one call of forward, by name, or several, by name or position. Without them it
+                is the calls kept from compiling, with what the original did on them; a loaded
+                model has none.
+            reference: the original for `inputs`: a module, of which only the output is compared,
+                or a program of it from `trace`, with every site that this program still has.
+                Without one, only NaN, infinity, clipping and errors of their own are looked at.
+            limits: what the figures are held to; those that the model was compiled within if not
+                given. Nothing is raised where they are not kept.
+
+        Raises:
+            InputError: there is nothing to check on, or a call does not fit.
+        """
+        gate = self.report.gate
+        held_to = limits or (gate.check.limits if gate else DEFAULT)
+        return check_again(self.program, self._evidence, inputs, reference, held_to)
 
     def save(self, folder: str | Path) -> None:
         """Write the model to `folder`, for `wancompile.load`: weights in their 8 bits, no pickle.

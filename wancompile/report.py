@@ -9,6 +9,8 @@ from typing import Any
 from tabulate import tabulate
 
 from wancompile.artifact import facts
+from wancompile.auto import Choice
+from wancompile.gate.rounds import Gate
 from wancompile.ir.site import Group, Role, Ungrouped
 from wancompile.program import PassRecord, Program
 from wancompile.recipe import Recipe
@@ -32,6 +34,9 @@ class Report:
     """What was rewritten, what was skipped and why, errors per site.
 
     `bytes_before` and `bytes_after` count all stored tensors of the float and the compiled program.
+    `choice` says how the recipe was chosen, where a budget was given instead of one. `gate` says
+    how near the original the program is, and what fell back for that; None where nothing was
+    measured.
     """
 
     recipe: Recipe
@@ -40,6 +45,8 @@ class Report:
     records: tuple[PassRecord, ...]
     bytes_before: int
     bytes_after: int
+    choice: Choice | None = None
+    gate: Gate | None = None
 
     @property
     def errors(self) -> Mapping[str, float]:
@@ -92,6 +99,10 @@ class Report:
             role_table(self.roles),
             tabulate(_pass_rows(self.records), headers=["pass", "done", "skipped", "nodes", "ms"]),
         ]
+        if self.choice is not None:
+            parts.append(str(self.choice))
+        if self.gate is not None:
+            parts.append(str(self.gate))
         return "\n\n".join(parts)
 
 

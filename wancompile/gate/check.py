@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
+import torch
 from torch import Tensor
 
 from wancompile.gate.compare import SiteError, error_of, roles_of
@@ -138,7 +139,7 @@ def check_records(
         records: one for each call.
         references: of the original, in the same order; without them only `own`, `clipped` and
             `broken` are known.
-        inverses: see `inverses_of`.
+        inverses: see `inverses_of`; without them what smoothing scales is left out.
         held_out: whether nothing was calibrated on the calls.
         limits: what the check is held to.
     """
@@ -168,14 +169,19 @@ def inverses_of(smoothed: Program) -> dict[Site, Tensor]:
     Only a fold into value rows does that: it reaches from a value projection to the linear that
     reads the output of the attention.
     """
+    return {site: smoothed.state[name].cpu() for site, name in _scaled(smoothed).items()}
+
+
+def _scaled(program: Program) -> dict[Site, str]:
+    """Return the sites that smoothing scales, and the names of the stored 1/s."""
     applied = {
-        group.key: smoothed.state[group.smoothing.inverse].cpu()
-        for group in smoothed.groups
+        group.key: group.smoothing.inverse
+        for group in program.groups
         if group.fold is Fold.VALUE_ROWS and group.smoothing and group.smoothing.applied
     }
     return {
         site: applied[attention.out]
-        for attention in smoothed.attentions
+        for attention in program.attentions
         if attention.out in applied
         for site in (attention.v, attention.site)
     }
@@ -197,17 +203,20 @@ def _site_errors(
     program: Program, pairs: _Pairs, inverses: Mapping[Site, Tensor]
 ) -> tuple[SiteError, ...]:
     actual, expected = pairs[0]
-    roles = roles_of(program)
+    roles, scaled = roles_of(program), _scaled(program)
     found = []
     for site in expected.sites:
-        inverse = inverses.get(site)
+        inverse = inverses.get(site, _ONE)
         width = expected.sites[site].shape[-1]
-        if site not in actual.sites or (inverse is not None and len(inverse) != width):
+        is_known = site not in scaled or site in inverses
+        if site not in actual.sites or not is_known or len(inverse) not in (1, width):
             continue  # of fused projections only a part of the output is scaled
-        scale = 1.0 if inverse is None else inverse
-        values = [(a.sites[site] / scale, e.sites[site]) for a, e in pairs]
+        values = [(a.sites[site] / inverse, e.sites[site]) for a, e in pairs]
         found.append(error_of(str(site), values, roles.get(site, "")))
     return tuple(found)
+
+
+_ONE = torch.ones(1)
 
 
 def _own_of_groups(program: Program) -> dict[str, float]:

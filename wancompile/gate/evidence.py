@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from wancompile.calibrate import Calibration
 from wancompile.errors import CalibrationError
 from wancompile.gate.record import Record, on_device, take
 from wancompile.ir import match
@@ -52,11 +53,11 @@ class HoldBack:
 
     def __init__(
         self,
-        observe: Callable[[dict[str, Any], str], Any],
+        calibration: Calibration,
         original: Program,
         device: torch.device | None = None,
     ) -> None:
-        self._observe = observe
+        self._calibration = calibration
         self._original = original
         self._device = device
         self._seen = 0
@@ -71,11 +72,12 @@ class HoldBack:
         """
         index, self._seen = self._seen, self._seen + 1
         if not self._holds(index):
-            return self._observe(call, label)
+            return self._calibration.observe(call, label)
         # Whoever made the call may write to its tensors afterwards.
         kept = on_device(call, _HOST, copy=True)
         output, record = take(self._original, call, device=self._device)
         self._check_finite(record, index)
+        self._calibration.passed_over += 1
         self._calls.append(kept)
         self._records.append(record)
         return output

@@ -102,15 +102,16 @@ class Rounds:
             smoothed = self.smooth(normal)
         raise AssertionError("there is at least one round")
 
-    def finish(self, final: Program) -> Gate | None:
-        """Compare the outputs of the program that will run; return the figures.
+    def finish(self, fused: Program) -> Gate | None:
+        """Compare the outputs of the program that will run, once lowered; return the figures.
 
         Raises:
             GateError: the output or a block is too far from the original, or holds NaN or infinity.
         """
         if self.check is None or self.evidence is None or self.limits is None:
             return None
-        last = self._checked(self.evidence, self.limits, final)
+        steps = passes.lowering(self.device or fused.device)
+        last = self._checked(self.evidence, self.limits, pipeline.run(fused, steps))
         check = replace(
             self.check,
             outputs=last.outputs,
