@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager, nullcontext
+
 import pytest
 import torch
 import zoo
@@ -12,9 +14,10 @@ from torch import nn
 import wancompile
 from wancompile.calibrate import Calibration
 from wancompile.errors import CalibrationError, InputError
+from wancompile.ir.site import Role
 from wancompile.pipeline import relative_error
-from wancompile.quant.lines import PER_RANGE
-from wancompile.samples import drive
+from wancompile.quant.lines import HALVES, KINDS, PER_RANGE, line_of
+from wancompile.samples import Sample, drive
 
 
 class Small(nn.Module):
@@ -157,6 +160,14 @@ def test_there_is_no_bar_unless_asked_for(capsys):
     assert capsys.readouterr().err == ""
 
 
+def test_the_bar_knows_the_time_left_of_a_callable_when_told_its_calls(capsys):
+    model = Small()
+    begun(lambda: [model(**one) for one in DICTS], model, progress=True, total=3)
+    assert "3/3" in capsys.readouterr().err
+    begun(iter(DICTS), model, progress=True, total=3)
+    assert "3/3" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("data", [[], (), iter([]), lambda: None])
 def test_empty_data_is_refused(data):
     with pytest.raises(CalibrationError, match="calibration data is empty"):
@@ -178,6 +189,95 @@ def test_a_bad_sample_is_named_by_its_number(sample, kind, message, form):
     with pytest.raises(kind, match=message) as caught:
         begun(form([{"a": ONE}, sample]))
     assert caught.value.pass_name == "calibrate"
+
+
+# Kinds of calls ---------------------------------------------------------------------------------
+
+
+class Named(Small):
+    """A model whose calls get names, as those of diffusers do; `names` are those it was told."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    @contextmanager
+    def cache_context(self, name, **where):
+        self.names.append((name, where))
+        try:
+            yield
+        finally:
+            self.names.append("left")
+
+
+def labels(ran):
+    return [call["label"] for call in ran]
+
+
+def test_a_sample_says_its_kind():
+    data = [Sample(DICTS[0], "cond"), Sample((TWO,), label="uncond"), DICTS[2], Sample(DICTS[0])]
+    _, ran = begun(data)
+    assert labels(ran) == ["cond", "uncond", "", ""]
+    assert [float(call["a"]) for call in ran] == [1, 2, 3, 1]
+
+
+def test_an_unknown_kind_is_refused():
+    with pytest.raises(InputError, match="labelled '', 'cond', 'uncond', not 'other'"):
+        Sample(DICTS[0], "other")
+
+
+def test_a_callable_names_its_calls_by_the_context_of_the_cache():
+    model = Named()
+
+    def play():
+        with model.cache_context("cond", step_index=3):
+            model(ONE)
+            with model.cache_context("uncond"):
+                model(ONE)
+            model(ONE)
+        with model.cache_context("something else"):
+            model(ONE)
+        model(ONE)
+
+    _, ran = begun(play, model)
+    assert labels(ran) == ["cond", "uncond", "cond", "", ""]
+    # The model's own context is entered and left as without us.
+    assert model.names == [
+        ("cond", {"step_index": 3}), ("uncond", {}), "left", "left", ("something else", {}), "left"
+    ]  # fmt: skip
+    assert "cache_context" not in vars(model)
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_the_context_is_put_back_after_an_error(own):
+    model = Named()
+    if own:
+        model.cache_context = lambda name: nullcontext()
+    before = vars(model).copy()
+
+    def play():
+        with model.cache_context("cond"):
+            model(ONE)
+            raise RuntimeError("broken")
+
+    with pytest.raises(RuntimeError, match="broken"):
+        begun(play, model)
+    assert vars(model) == before
+
+
+def test_the_model_has_its_own_context_while_the_program_is_made():
+    model = Named()
+
+    def begin(calls):
+        assert "cache_context" not in vars(model)
+        return lambda call, label: (label,)
+
+    def play():
+        with model.cache_context("uncond"):
+            assert model(ONE) == ("uncond",)
+            assert model(ONE) == ("uncond",)
+
+    drive(model, play, begin)
 
 
 # With a program --------------------------------------------------------------------------------
@@ -219,6 +319,60 @@ def label_of(program, kwargs, timestep):
 def test_statistics_go_to_the_range_of_the_timestep(wan, step, label, dtype):
     _, kwargs, program = wan
     assert label_of(program, kwargs, torch.tensor([step, step]).to(dtype)) == label
+
+
+def lines_of(stats):
+    """The lines that were written to, by half, kind and range; all observers agree."""
+    (one, *others) = stats.channels.values()
+    assert all(torch.equal(one.count.bool(), other.count.bool()) for other in others)
+    assert torch.equal(one.count.bool(), torch.tensor(stats.tally).bool())
+    written = one.count.view(HALVES, len(KINDS), -1).nonzero().tolist()
+    return {(half, KINDS[kind], place) for half, kind, place in written}
+
+
+def test_every_other_call_of_a_kind_and_range_goes_to_the_other_half(wan):
+    _, kwargs, program = wan
+    calibration = Calibration(program, labels=10)
+    low, high = ({**kwargs, "timestep": torch.tensor([step, step])} for step in (150.0, 950.0))
+    calibration.observe(low, "cond")
+    assert lines_of(calibration.stats()) == {(0, "cond", 1)}
+    calibration.observe(low, "uncond")
+    calibration.observe(high, "cond")
+    calibration(**high)
+    once = {(0, "cond", 1), (0, "uncond", 1), (0, "cond", 9), (0, "", 9)}
+    assert lines_of(calibration.stats()) == once
+    calibration.observe(low, "cond")
+    calibration.observe(low, "cond")
+    calibration.observe(high, "cond")
+    stats = calibration.stats()
+    assert lines_of(stats) == once | {(1, "cond", 1), (1, "cond", 9)}
+    assert stats.tally[line_of(0, 1, 1, 10)] == 2
+    assert [stats.calls_of(kind) for kind in KINDS] == [1, 5, 1]
+    assert stats.calls == sum(stats.tally) == 7
+    assert stats.timesteps == (150.0, 950.0)
+
+
+def test_each_line_holds_the_maxima_of_its_calls(wan):
+    _, kwargs, program = wan
+    both, cond, uncond = (Calibration(program, labels=2) for _ in range(3))
+    other = {**kwargs, "encoder_hidden_states": 2 * kwargs["encoder_hidden_states"]}
+    for call, label, alone in ((kwargs, "cond", cond), (other, "uncond", uncond)):
+        both.observe(call, label)
+        alone.observe(call, label)
+    together = both.stats()
+    for alone in (cond, uncond):
+        for site, one in alone.stats().channels.items():
+            seen = one.count > 0
+            assert torch.equal(together.channels[site].amax[seen], one.amax[seen])
+
+
+def test_roles_say_what_reads_a_site(wan):
+    _, kwargs, program = wan
+    calibration = Calibration(program)
+    calibration(**kwargs)
+    roles = calibration.stats().roles
+    assert roles == {group.observer: str(group.role) for group in program.groups}
+    assert set(roles.values()) == {str(group.role) for group in program.groups}
 
 
 def test_a_timestep_per_token_counts_by_its_largest(per_token):
@@ -307,14 +461,36 @@ def test_samples_may_differ_in_shape_and_leave_options_out(wan):
     assert first.count.sum() == tokens
 
 
-def test_a_diffusers_pipeline_is_calibration_data(wan):
-    model, *_ = wan
+@pytest.mark.parametrize("label", ["cond", "uncond"])
+def test_padding_neither_moves_maxima_nor_crowds_the_sample(wan, label):
+    """9 words and 503 rows of zeros say what 9 words and one row of zeros do."""
+    _, kwargs, program = wan
+    found = []
+    for padding in (503, 1):
+        text = kwargs["encoder_hidden_states"][:, :9]
+        text = torch.cat([text, text.new_zeros(2, padding, text.shape[-1])], 1)
+        calibration = Calibration(
+            wancompile.trace(wan[0], {**kwargs, "encoder_hidden_states": text})
+        )
+        calibration.observe({**kwargs, "encoder_hidden_states": text}, label)
+        found.append(calibration.stats())
+    (group,) = [one for one in program.groups if one.role is Role.ATTN_KV]
+    padded, short = (stats.channels[group.observer] for stats in found)
+    torch.testing.assert_close(padded.amax, short.amax)
+    assert padded.count.sum() == 2 * 10
+    assert len(padded.tokens) == 2 * 10
+    assert found[0].calls_of(label) == 1
+    assert (torch.cdist(padded.tokens, short.tokens).amin(1) < 1e-4).all()
+
+
+def pipeline_of(model, **options):
     scheduler = UniPCMultistepScheduler(
         prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
     )
     pipe = WanPipeline(
-        tokenizer=None, text_encoder=None, vae=None, scheduler=scheduler, transformer=model
-    )
+        tokenizer=None, text_encoder=None, vae=None, scheduler=scheduler, transformer=model,
+        **options,
+    )  # fmt: skip
     pipe.set_progress_bar_config(disable=True)
 
     def play():
@@ -330,11 +506,34 @@ def test_a_diffusers_pipeline_is_calibration_data(wan):
             generator=torch.Generator().manual_seed(0),
         ).frames
 
+    return play
+
+
+def test_a_diffusers_pipeline_is_calibration_data(wan):
+    model, *_ = wan
+    play = pipeline_of(model)
     latents = []
     stats = wancompile.calibrate(model, lambda: latents.append(play()))
     assert stats.calls == 8  # four steps, each with and without the prompt
+    assert [stats.calls_of(kind) for kind in KINDS] == [0, 4, 4]
     (first, *_) = stats.channels.values()
     assert int(by_range(first).bool().sum()) > 1
     # The float program computes what the model does, so calibration draws the same video.
     assert latents[0].shape == (1, 16, 3, 6, 8)
     assert relative_error(latents[0], play()) < 1e-4
+
+
+def test_each_expert_is_calibrated_on_its_own_timesteps():
+    high, low = (zoo.make("t2v", 1, seed=seed)[0] for seed in (0, 1))
+    play = pipeline_of(high, transformer_2=low, boundary_ratio=0.875)
+    first, second = (
+        wancompile.calibrate(one, play, seed=index) for index, one in enumerate((high, low))
+    )
+    assert first.calls + second.calls == 8
+    assert second.timesteps[1] < 875 <= first.timesteps[0] <= first.timesteps[1] <= 1000
+    with pytest.raises(CalibrationError, match="different models .* their weights differ"):
+        first.merge(second)
+    again = wancompile.calibrate(high, play, seed=2)
+    merged = first.merge(again)
+    assert merged.timesteps == first.timesteps
+    assert merged.calls_of("cond") == 2 * first.calls_of("cond") > 0
