@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from functools import cache
 
 import pytest
 import torch
-import zoo
+from sensing import made, only
 
-import wancompile
 from wancompile import passes, pipeline
 from wancompile.errors import CalibrationError, InputError, LevelError, NumericsError, RecipeError
 from wancompile.pipeline import relative_error
@@ -21,32 +19,6 @@ from wancompile.trials import Branches, trials
 TYPES = ("int8", "fp8")
 
 
-class Subject:
-    """A small model, its program, statistics, and calls that it was not calibrated on."""
-
-    def __init__(self, variant: str) -> None:
-        self.model, self.first = zoo.make(variant)
-        seen = [self.first, zoo.example(variant)]
-        self.program = wancompile.trace(self.model, self.first)
-        self.stats = wancompile.calibrate(self.model, seen)
-        self.calls = [zoo.example(variant, seed=5), zoo.example(variant, seed=6, batch=1)]
-        self.found = sensitivity(self.program, self.calls, self.stats)
-
-    def really(self, recipe: Recipe) -> float:
-        """The error of a program that was rewritten for the recipe."""
-        steps = passes.smoothing(recipe, self.stats)
-        steps += passes.quantization(recipe, self.stats)
-        return self.error(pipeline.run(self.program, steps))
-
-    def error(self, program) -> float:
-        pairs = [(program(**call)[0], self.program(**call)[0]) for call in self.calls]
-        actual, expected = zip(*pairs, strict=True)
-        return relative_error(*(torch.cat([x.flatten() for x in y]) for y in (actual, expected)))
-
-
-made = cache(Subject)
-
-
 @pytest.fixture(params=["t2v", "fused_i2v"])
 def subject(request):
     return made(request.param)
@@ -55,13 +27,6 @@ def subject(request):
 @pytest.fixture
 def t2v():
     return made("t2v")
-
-
-def only(group_or_attention: str, dtype: str) -> Recipe:
-    if group_or_attention.endswith(":attention"):
-        rules = (AttentionRule(group_or_attention, dtype),)
-        return Recipe("one", None, attention_rules=rules)
-    return Recipe("one", None, (Rule(group_or_attention, QSpec(dtype)),))
 
 
 def test_there_is_an_error_for_every_site_and_type(subject):

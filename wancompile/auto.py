@@ -16,8 +16,8 @@ from wancompile.recipe import AttentionRule, Auto, QSpec, Recipe, Rule
 from wancompile.sensitivity import HeldOut, Sensitivity, measure
 from wancompile.trials import SELF_ATTENTION
 
-# How often a choice is measured and the budget of the next one corrected by what came out.
-_ROUNDS = 3
+# How many choices are measured at most, and how many limits are tried, which costs next to nothing.
+_ROUNDS, _STEPS = 4, 24
 
 
 @dataclass(frozen=True)
@@ -62,12 +62,20 @@ class Choice:
         return "\n".join([*lines, "", str(self.sensitivity)])
 
 
-def resolve(request: Auto, held_out: HeldOut, *, progress: bool = False) -> Choice:
+def resolve(
+    request: Auto,
+    held_out: HeldOut,
+    *,
+    sensitivity: Sensitivity | None = None,
+    progress: bool = False,
+) -> Choice:
     """Return the recipe that `request` asks for, for the program and the calls of `held_out`.
+
+    `sensitivity` is what was measured for an earlier request, so that it need not be again.
 
     With `max_error` the time is least among choices whose error, measured with everything rounded
     together, is within it: errors add up like squares only nearly, so the budget of squares is
-    corrected by what is measured, a few times. With `max_ms` the sum of squares is least.
+    corrected by what is measured, at most four times. With `max_ms` the sum of squares is least.
 
     Raises:
         RecipeError: no choice is as fast, or as exact in that time, as was asked; the message says
@@ -76,7 +84,7 @@ def resolve(request: Auto, held_out: HeldOut, *, progress: bool = False) -> Choi
         WancompileError: as `sensitivity` does.
     """
     times = costs(held_out.program, tokens=request.tokens, device=request.device)
-    found = measure(held_out, request.types, progress=progress)
+    found = sensitivity or measure(held_out, request.types, progress=progress)
     candidates = _Candidates(request, times, found, held_out.program.groups)
     recipe, error = (
         _fastest(candidates, held_out, request.max_error)
@@ -98,18 +106,30 @@ def resolve(request: Auto, held_out: HeldOut, *, progress: bool = False) -> Choi
 
 
 def _fastest(candidates: _Candidates, held_out: HeldOut, budget: float) -> tuple[Recipe, float]:
-    best, error = candidates.recipe(candidates.within_error(0.0)), 0.0
-    limit, tried = budget, {best}
-    for _ in range(_ROUNDS):
+    """Return the fastest choice found whose measured error is within `budget`, and that error.
+
+    The limit of the predicted error is searched for: one of choices within the budget is too low,
+    one of choices beyond it too high, and the ratio of measured to predicted says where to look.
+    """
+    best = candidates.recipe(candidates.within_error(0.0))
+    measured = {best: 0.0}
+    low, limit, high = 0.0, budget, 2 * budget
+    for _ in range(_STEPS):
         recipe = candidates.recipe(candidates.within_error(limit))
-        if recipe in tried:
-            break
-        tried.add(recipe)
-        measured = held_out.error_of(recipe)
-        if measured <= budget and candidates.point(recipe).ms < candidates.point(best).ms:
-            best, error = recipe, measured
-        limit *= budget / measured if measured > 0 else 2.0
-    return best, error
+        if recipe not in measured:
+            if len(measured) > _ROUNDS:
+                break
+            measured[recipe] = held_out.error_of(recipe)
+        error = measured[recipe]
+        if error <= budget:
+            low = limit
+            best = min(best, recipe, key=lambda one: candidates.point(one).ms)
+        else:
+            high = limit
+        limit *= budget / error if error > 0 else 2.0
+        if not low < limit < high:
+            limit = (low + high) / 2
+    return best, measured[best]
 
 
 def _most_exact(candidates: _Candidates, held_out: HeldOut, request: Auto) -> tuple[Recipe, float]:
@@ -165,7 +185,8 @@ class _Candidates:
 
     def within_ms(self, limit: float) -> list[int] | None:
         """Return the choice of least sum of squares within a time, None where there is none."""
-        return choose(_items(self._ms, self._squares), limit - self.times.fixed)
+        # A limit that is one of our own sums must not fail for having been added up otherwise.
+        return choose(_items(self._ms, self._squares), limit * (1 + 1e-9) - self.times.fixed)
 
     def frontier(self) -> tuple[Point, ...]:
         """Return the best choices from floating point to the fastest."""

@@ -4,7 +4,7 @@ A table holds, for each kind of work and each shape that was measured, how much 
 millisecond does, in 1e9: FLOPs of products and of attention (so that a rate is in TFLOP/s), and
 elements of passes over memory. At other shapes the rate is a mean of the measured ones, weighed by
 their distance in the logarithms of the sizes, so that a measured shape has its own rate and others
-that of their neighbours.
+that of their neighbours. Models much smaller than those measured run slower than that.
 """
 
 from __future__ import annotations

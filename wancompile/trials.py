@@ -49,7 +49,7 @@ class Trial:
 
 
 def trials(program: Program, recipe: Recipe, stats: Stats | None) -> list[Trial]:
-    """Return one trial for each group and self-attention that `recipe` puts in 8 bits.
+    """Return one trial for each group and self-attention that `recipe` puts in 8 bits, in order.
 
     `program` is smoothed as it is to be. Attentions are left out without statistics, which their
     static scales come from.
@@ -65,7 +65,9 @@ def trials(program: Program, recipe: Recipe, stats: Stats | None) -> list[Trial]
         dtype, node = recipe.attention_for(attention.site), nodes[attention.site]
         if dtype is not None and not obstacle(attention, node):
             found.append(_of_attention(program, attention, node, groups, stats, dtype))
-    return [one for one in found if one.roundings]
+    position = match.position(program.module.graph)
+    kept = [one for one in found if one.roundings]
+    return sorted(kept, key=lambda one: min(map(position.__getitem__, one.roundings)))
 
 
 def _of_group(program: Program, group: Group, nodes: Mapping[Site, Node], dtype: str) -> Trial:
@@ -157,7 +159,7 @@ class Branches(Interpreter):
         self._nodes = list(program.module.graph.nodes)
         self._dead = _last_readers(self._nodes, chosen)
         self._starting: dict[Node, list[Trial]] = {}
-        position = {node: index for index, node in enumerate(self._nodes)}
+        position = match.position(program.module.graph)
         for trial in chosen:
             first = min(trial.roundings, key=position.__getitem__)
             self._starting.setdefault(first, []).append(trial)

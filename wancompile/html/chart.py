@@ -1,4 +1,4 @@
-"""Scatter charts as inline SVG: errors on a logarithmic axis, by depth, one colour a role."""
+"""Scatter charts as inline SVG: errors on a logarithmic axis, by depth or cost, in colours."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from wancompile.html.markup import Html, el, join
+from wancompile.ir.blocks import blocks
 
 _TOP, _RIGHT, _BOTTOM, _LEFT = 14, 12, 34, 58
 
 
 @dataclass(frozen=True)
 class Point:
-    """One mark: `value` at the depth `x` (0 first, 1 last), and where it was before, if it moved.
+    """One mark: `value` at `x` (0 left, 1 right), and where it was before, if it moved.
 
     `series` decides the colour, `label` is shown on hovering.
     """
@@ -27,7 +28,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Tick:
-    """A mark on the depth axis."""
+    """A mark on the horizontal axis."""
 
     x: float
     label: str
@@ -51,6 +52,16 @@ def scatter(points: Sequence[Point], ticks: Sequence[Tick], *, caption: str) -> 
         el("figcaption", caption),
         class_="chart",
     )
+
+
+def ticks(sites: Sequence[str]) -> list[Tick]:
+    """Mark where each repeated block begins among sites in order, by its number."""
+    last, found = max(1, len(sites) - 1), blocks(sites)
+    first: dict[str, int] = {}
+    for index, site in enumerate(sites):
+        if site in found:
+            first.setdefault(found[site], index)
+    return [Tick(at / last, block.rpartition(".")[2]) for block, at in first.items()]
 
 
 def _legend(series: Sequence[str]) -> Html:
@@ -99,7 +110,7 @@ class _Frame:
             viewBox=f"0 0 {self._width} {self._height}",
             class_=name,
             role="img",
-            aria_label="Errors by depth",
+            aria_label="Errors, on a logarithmic axis",
         )
 
     def _grid(self) -> Iterator[Html]:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 
 from wancompile.gate.compare import Comparison
-from wancompile.html import chart, graph, sections
+from wancompile.html import budget, chart, graph, sections
 from wancompile.html.extras import Extras, render
 from wancompile.html.markup import Html, el, join
 from wancompile.inspect import side_by_side
@@ -87,6 +86,8 @@ def _sections(
     parts.append(("roles", "Roles", _ROLES, sections.roles(report.roles)))
     if any(group.smoothing for group in report.groups):
         parts.append(("errors", "Errors", _ERRORS, _group_chart(report)))
+    if report.choice is not None:
+        parts.append(("budget", "Budget", _BUDGET, budget.render(report.choice)))
     if comparison is not None:
         parts.append(("sites", "Whole model", _sites_text(comparison), _site_chart(comparison)))
     if programs is not None:
@@ -108,6 +109,10 @@ _ROLES = (
     "tokens that did not choose the smooth scale s."
 )
 _ERRORS = "Each group by depth: open circles without smoothing, full ones as compiled."
+_BUDGET = (
+    "Why the recipe is what it is: the error of the model's output on held-out calls if one group "
+    "or self-attention alone is in 8 bits, and what the best choices cost and lose."
+)
 _GROUPS = "What was found, where the reciprocal of the smooth scale went, and what it bought."
 _PASSES = (
     "In the order they ran; a line with counts opens. The last column is how far the model's "
@@ -152,6 +157,8 @@ def _summary(report: Report) -> str:
     linears = ", ".join(f"{plural(n, 'linear')} in {kind}" for kind, n in kinds.most_common())
     attention = report.recipe.attention
     wish = f"attention in {attention}" if attention else "attention in floating point"
+    if report.recipe.attention_rules:
+        wish += f" with {plural(len(report.recipe.attention_rules), 'exception')}"
     return f"Recipe {report.recipe.name}: {linears or 'no linear'}, {wish}."
 
 
@@ -195,7 +202,7 @@ def _group_chart(report: Report) -> Html:
         text = f"{', '.join(group.members)}\n{plain} plain, {after} as compiled"
         before = found.error_plain if found.applied else None
         points.append(chart.Point(index / last, found.error, str(group.role), text, before))
-    ticks = _ticks([str(group.key) for group in report.groups])
+    ticks = chart.ticks([str(group.key) for group in report.groups])
     return chart.scatter(points, ticks, caption="Relative L2 error of each group by block")
 
 
@@ -211,19 +218,9 @@ def _site_chart(comparison: Comparison) -> Html:
         )
         for index, one in enumerate(found)
     ]
-    ticks = _ticks([one.site for one in found])
+    ticks = chart.ticks([one.site for one in found])
     drawn = chart.scatter(points, ticks, caption="Relative L2 error of each output by block")
     return join(drawn, el("h3", "Largest errors"), sections.worst_sites(comparison))
-
-
-def _ticks(sites: Sequence[str]) -> list[chart.Tick]:
-    """Mark where each repeated block begins, by its number."""
-    last, found = max(1, len(sites) - 1), blocks(sites)
-    first: dict[str, int] = {}
-    for index, site in enumerate(sites):
-        if site in found:
-            first.setdefault(found[site], index)
-    return [chart.Tick(at / last, block.rpartition(".")[2]) for block, at in first.items()]
 
 
 def _first_block(program: Program) -> str | None:

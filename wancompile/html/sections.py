@@ -87,7 +87,7 @@ def roles(summaries: Sequence[RoleSummary]) -> Html:
             _error_bar(one.error_plain, largest, "before"),
             _error_bar(one.error_smoothed, largest, "after"),
         ]  # fmt: skip
-        rows.append(_tr(names, cells))
+        rows.append(tr(names, cells))
     return el("table", el("thead", head), el("tbody", rows), class_="cards")
 
 
@@ -130,7 +130,7 @@ def _group(group: Group, recipe: Recipe, names: Sequence[str]) -> Html:
         f"{smoothing.alpha:g}, {smoothing.beta:g}" if smoothing and applied else "-",
         _moved(group),
     ]  # fmt: skip
-    return _tr(names, cells, data_role=group.role, data_smoothed="yes" if applied else "no")
+    return tr(names, cells, data_role=group.role, data_smoothed="yes" if applied else "no")
 
 
 def _members(group: Group) -> Html:
@@ -208,7 +208,7 @@ def worst_sites(comparison: Comparison) -> Html:
     """Return the sites with the largest errors between two programs."""
     names = ["site", "role", "relative error", "SQNR", "cosine"]
     rows = [
-        _tr(names, [el("code", one.site), one.role, percent(one.relative, 3),
+        tr(names, [el("code", one.site), one.role, percent(one.relative, 3),
                     f"{one.sqnr:.1f} dB", f"{one.cosine:.6f}"])
         for one in comparison.worst(6)
     ]  # fmt: skip
@@ -216,6 +216,7 @@ def worst_sites(comparison: Comparison) -> Html:
     return el("table", el("thead", head), el("tbody", rows), class_="cards")
 
 
-def _tr(names: Sequence[str], cells: Sequence[object], **attributes: object) -> Html:
+def tr(names: Sequence[str], cells: Sequence[object], **attributes: object) -> Html:
+    """Return a row of a table; on narrow pages each cell shows its name."""
     row = [el("td", cell, data_label=name) for name, cell in zip(names, cells, strict=True)]
     return el("tr", row, **attributes)

@@ -1,0 +1,239 @@
+"""Choosing types for a budget: what is asked is kept, and nothing is given away."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import re
+from functools import cache
+
+import pytest
+import torch
+from sensing import made
+
+import wancompile
+from benchmarks import subjects
+from wancompile import auto, cost, pipeline
+from wancompile.auto import Choice, resolve
+from wancompile.demo.sampler import calls
+from wancompile.errors import InputError, RecipeError
+from wancompile.html import write_html
+from wancompile.recipe import QSpec, Recipe
+from wancompile.report import Report
+from wancompile.sensitivity import HeldOut, sensitivity
+
+TOKENS = 32760
+
+
+@cache
+def held_out():
+    t2v = made("t2v")
+    return HeldOut.of(t2v.program, t2v.calls, t2v.stats)
+
+
+def chosen(**budget) -> Choice:
+    request = Recipe.auto(**{"tokens": TOKENS, **budget})
+    return resolve(request, held_out(), sensitivity=made("t2v").found)
+
+
+@cache
+def ends() -> tuple[auto.Point, auto.Point]:
+    """All in floating point, and the fastest."""
+    frontier = chosen(max_error=1.0).frontier
+    return frontier[0], frontier[-1]
+
+
+@pytest.mark.parametrize("budget", [0.002, 0.005, 0.01])
+def test_the_measured_error_is_within_the_budget(budget):
+    found = chosen(max_error=budget)
+    assert found.measured <= budget
+    assert found.measured == pytest.approx(made("t2v").really(found.recipe), rel=0.01)
+    assert found.measured > budget / 3, "the budget is there to be used"
+
+
+def test_a_larger_error_buys_time():
+    found = [chosen(max_error=10.0**-power) for power in (5, 4, 3, 2, 1)]
+    times = [one.predicted.ms for one in found]
+    assert times == sorted(times, reverse=True)
+    assert times[0] > times[-1]
+
+
+@pytest.mark.parametrize("share", [0.1, 0.4, 0.8])
+def test_the_time_is_within_the_budget(share):
+    slowest, fastest = ends()
+    limit = fastest.ms + share * (slowest.ms - fastest.ms)
+    found = chosen(max_ms=limit)
+    assert found.predicted.ms <= limit * (1 + 1e-9)
+    t2v = made("t2v")
+    times = cost.costs(t2v.program, tokens=TOKENS)
+    assert times.of(found.recipe, t2v.program.groups) == pytest.approx(found.predicted.ms)
+
+
+def test_more_time_buys_exactness():
+    slowest, fastest = ends()
+    limits = [fastest.ms + share * (slowest.ms - fastest.ms) for share in (0, 0.2, 0.5, 0.9, 1)]
+    errors = [chosen(max_ms=limit).predicted.error for limit in limits]
+    assert errors == sorted(errors, reverse=True)
+    assert errors[0] == pytest.approx(fastest.error)
+    assert errors[-1] == 0
+
+
+def test_no_other_choice_of_a_few_sites_is_better():
+    """One block of seven groups and an attention: all 3^8 choices are tried."""
+    t2v, request = made("t2v"), Recipe.auto(max_error=1, tokens=TOKENS)
+    times = cost.costs(t2v.program, tokens=TOKENS)
+    first = [one for one in times.sites if str(one.site).startswith("blocks.0.")]
+    few = cost.Costs(tuple(first), 0.0, 1.0, TOKENS, "")
+    groups = [one for one in t2v.program.groups if str(one.key).startswith("blocks.0.")]
+    candidates = auto._Candidates(request, few, t2v.found, groups)
+    every = [
+        (sum(t2v.found.error(str(s.site), o) ** 2 for s, o in zip(first, options, strict=True)),
+         sum(s.ms[o] for s, o in zip(first, options, strict=True)))
+        for options in itertools.product(cost.OPTIONS, repeat=len(first))
+    ]  # fmt: skip
+    longest_step = max(max(s.ms.values()) - min(s.ms.values()) for s in first)
+    for limit in (1e-4, 1e-3, 3e-3, 1e-2):
+        ours = candidates.point(candidates.recipe(candidates.within_error(limit)))
+        best = min(ms for square, ms in every if square <= limit * limit)
+        assert best <= ours.ms <= best + longest_step
+        assert ours.error <= limit
+    for point in candidates.frontier():
+        best = min(ms for square, ms in every if square <= point.error**2 * (1 + 1e-9))
+        assert point.ms == pytest.approx(best), "the frontier is optimal everywhere"
+
+
+def test_what_cannot_be_reached_is_refused_with_what_can():
+    _, fastest = ends()
+    with pytest.raises(
+        RecipeError, match=rf"the fastest takes {fastest.ms:.4g} ms, at an error of"
+    ):
+        chosen(max_ms=fastest.ms * 0.99)
+    with pytest.raises(RecipeError, match=r"error of 0\.0001 % or less: the most exact has"):
+        chosen(max_ms=fastest.ms * 1.01, max_error=1e-6)
+
+
+def test_both_budgets_hold():
+    slowest, fastest = ends()
+    limit = (slowest.ms + fastest.ms) / 2
+    found = chosen(max_ms=limit, max_error=0.05)
+    assert found.predicted.ms <= limit
+    assert found.measured <= 0.05
+
+
+@pytest.mark.parametrize(
+    ("budget", "message"),
+    [
+        ({}, "needs max_error or max_ms"),
+        ({"max_error": 0}, "max_error is a positive number, not 0"),
+        ({"max_error": math.nan}, "max_error is a positive number"),
+        ({"max_error": True}, "max_error is a positive number"),
+        ({"max_ms": -1}, "max_ms is a positive number"),
+        ({"max_ms": "45"}, "max_ms is a positive number"),
+        ({"max_ms": 1, "tokens": 0}, "tokens is a positive number"),
+        ({"max_ms": 1, "types": ["int4"]}, "types are some of int8, fp8"),
+        ({"max_ms": 1, "types": []}, "types are some of int8, fp8"),
+    ],
+)
+def test_bad_requests(budget, message):
+    with pytest.raises(RecipeError, match=message):
+        Recipe.auto(**budget)
+
+
+def test_a_device_without_times_is_refused():
+    with pytest.raises(InputError, match="no times were measured on 'a100'"):
+        chosen(max_error=0.01, device="a100")
+
+
+def test_types_and_attention_can_be_kept_out():
+    found = chosen(max_error=1.0, types=["fp8"], attention=False)
+    specs = [found.recipe.spec_for(group) for group in made("t2v").program.groups]
+    assert set(specs) == {QSpec("fp8"), None}, "some are so small that 8 bits are no faster"
+    assert not found.recipe.rounds_attention
+    assert [one.name for one in found.uniform] == ["float", "fp8"]
+
+
+def test_the_recipe_is_one_like_any_other():
+    found = chosen(max_error=0.003)
+    recipe = Recipe.from_json(found.recipe.to_json())
+    assert recipe == found.recipe
+    t2v = made("t2v")
+    recipe.check(t2v.program.groups, t2v.program.attentions)
+    assert recipe.rules, "sites differ"
+    compiled = wancompile.compile(
+        t2v.model, recipe=recipe, stats=t2v.stats, example_inputs=t2v.first
+    )
+    assert compiled.report.recipe == recipe
+
+
+def test_a_choice_tells_why():
+    found = chosen(max_error=0.003)
+    text = str(found)
+    assert f"{found.predicted.ms:.4g} ms" in text
+    assert found.sensitivity.worst(1)[0].site in text
+    assert "benchmarks/results" in text
+    assert found.uniform[0].error == 0
+    assert [one.error for one in found.frontier] == sorted(one.error for one in found.frontier)
+
+
+def test_a_page_and_a_saved_report_say_why(tmp_path):
+    found = chosen(max_error=0.003)
+    program = made("t2v").program
+    report = Report(found.recipe, program.groups, (), (), 0, 0, choice=found)
+    page = write_html(tmp_path / "page.html", report).read_text()
+    (section,) = re.findall(r'<section id="budget">.*?</section>', page, re.DOTALL)
+    # A frontier and a chart for each type, drawn for wide and for narrow pages.
+    assert section.count("<svg") == 2 * 3
+    assert section.count("<title>chosen") == 2
+    assert section.count(f"<title>{found.sensitivity.worst(1)[0].site} in ") == 2 * 2
+    assert f"{found.predicted.ms:.4g} ms" in section
+    assert Report.from_data(json.loads(json.dumps(report.to_data()))) == report
+
+
+class Trained:
+    """A trained checkpoint, shown a few calls of one video, judged on those of another."""
+
+    def __init__(self, name: str, outliers: bool) -> None:
+        model = subjects.load(name)
+        self.model = subjects.with_outliers(model) if outliers else model
+        shown = calls(model, [subjects.calibration(name, 1, 3)])
+        other = calls(model, [subjects.held_out(name, 2, 3)[0]])
+        self.stats = wancompile.calibrate(self.model, shown)
+        self.first = shown[0]
+        program = wancompile.trace(self.model, shown[0])
+        # One video for the choice, the other to judge it.
+        self.held_out = HeldOut.of(
+            program, [_half(one, slice(0, 1)) for one in other[2:4]], self.stats
+        )
+        self.judged = [_half(one, slice(1, 2)) for one in other[1:5]]
+        self.found = sensitivity(program, self.held_out.calls, self.stats)
+
+    def error(self, recipe: Recipe) -> float:
+        """The error of the compiled model on calls that neither calibration nor choice has seen."""
+        compiled = wancompile.compile(
+            self.model, recipe=recipe, stats=self.stats, example_inputs=self.first
+        )
+        with torch.no_grad():
+            found = [one(**call)[0] for one in (compiled, self.model) for call in self.judged]
+        n = len(self.judged)
+        return pipeline.relative_error(torch.cat(found[:n]), torch.cat(found[n:]))
+
+
+def _half(call, part):
+    return {name: one[part] if isinstance(one, torch.Tensor) else one for name, one in call.items()}
+
+
+@pytest.mark.parametrize(("name", "outliers"), [("t2v", False), ("i2v", True)])
+def test_trained_models_keep_their_budgets_on_other_calls(name, outliers):
+    trained = Trained(name, outliers)
+    for one in trained.found.together:
+        assert 0.6 < one.error / one.predicted < 1.5
+    times = []
+    for budget in (0.003, 0.01, 0.03):
+        request = Recipe.auto(max_error=budget, tokens=TOKENS)
+        choice = resolve(request, trained.held_out, sensitivity=trained.found)
+        assert choice.measured <= budget
+        assert trained.error(choice.recipe) <= 1.3 * budget
+        times.append(choice.predicted.ms)
+    assert times == sorted(times, reverse=True)
+    assert times[0] > 1.1 * times[-1]
