@@ -149,7 +149,9 @@ def _span(turn: Turn, layers: int, name: str, started: float) -> None:
 
 def _compiled_by_us(job: Job, model: Any, device: torch.device) -> CompiledModel:
     call = models.calibration(job.row, device, job.tiny)
-    compiled = wancompile.compile(model, [call], recipe=job.column.recipe, consume=True)
+    compiled = wancompile.compile(
+        model, [call], recipe=job.column.recipe, consume=True, limits=None
+    )
     del model
     gc.collect()
     models.clear(device)

@@ -19,6 +19,8 @@ What to know:
       call, so a weight that was replaced, or changed in place in a way that torch counts (an
       optimizer's step, `load_state_dict`), is noticed and quantized anew. Writes through `.data`
       are not counted: call `torch._dynamo.reset()` after them.
+    - There is no gate: dynamo shows one call, and nothing that its result could be held to.
+      `wancompile.compile` with the same recipe measures.
     - The model keeps its own weights beside the 8-bit ones. `wancompile.compile(..., consume=True)`
       is the way to hold only the latter.
     - Sites are named from the outermost module that dynamo sees; statistics fit if they were made

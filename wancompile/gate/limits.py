@@ -14,6 +14,24 @@ class Limits:
     All errors are relative L2, `|actual - expected| / |expected|`, and all but `own` are measured
     against the original from the input of the model on, so that they accumulate.
 
+    The defaults lie between what is healthy and what is broken, nearer to the former. Measured were
+    both trained checkpoints, as they are and with outlier channels, on three denoising steps of a
+    held-out video, with and without the prompt. Healthy is the largest figure of the four recipes
+    by name, broken the smallest of int8 without smoothing on outlier channels.
+
+    ==========  =======  ======
+    figure      healthy  broken
+    ==========  =======  ======
+    `own`         6.1 %    59 %
+    `site`       11.8 %   107 %
+    `block`       5.8 %    59 %
+    `output`      3.7 %    39 %
+    `clipped`    0.07 %
+    ==========  =======  ======
+
+    With random weights in three layers of the largest model and attention in 8 bits, the output is
+    7 % off.
+
     Attributes:
         own: error that a group of linears, or an 8-bit attention, makes by itself: of a group on
             sampled tokens that did not choose its smooth scale, of an attention on the operands
