@@ -250,6 +250,20 @@ def test_k_alone_is_fused_where_q_is_not_rotated():
     assert "not rotated by pairs" in reason
 
 
+def test_keys_that_two_attentions_read_are_computed_once():
+    def fn(self, x):
+        first, second, k = wan(self, x), wan(self, torch.sin(x)), wan(self, torch.tanh(x))
+        return [F.scaled_dot_product_attention(q, k, k) for q in (first, second)]
+
+    before = called_fused(fn, X, **TENSORS)
+    after = run_pass(before, FuseRotary())
+    assert counts(after)["norm_rotate"] == 3
+    assert len(after.records[-1].done) == 3
+    assert not skips(after)
+    for ours, theirs in zip(after(x=X), before(x=X), strict=True):
+        assert relative_error(ours, theirs) < 1e-6
+
+
 def test_a_value_that_is_rounded_for_one_and_not_for_another():
     def fn(self, x):
         value = wan(self, x)
