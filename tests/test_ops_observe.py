@@ -5,6 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from wancompile import ops
 from wancompile.errors import InputError
@@ -159,6 +161,66 @@ def test_observe_heads_keeps_the_range_per_head_and_channel():
     assert torch.equal(high[1], both.amax((0, 2)))
     assert torch.equal(low[1], both.amin((0, 2)))
     assert not low[[0, 2, 3]].isfinite().any()
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4, 6, 8])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("start", [0, 1, 3])
+def test_rows_are_compared_to_the_last_bit(channels, dtype, start):
+    """Whatever their width, their type and their place in memory."""
+    distinct = torch.arange(1, 7, dtype=dtype)[:, None].repeat(1, channels)
+    distinct[3] = distinct[2]
+    distinct[3, -1] += 0.5  # the rows differ in their last channel alone
+    flat = torch.cat([torch.zeros(start, dtype=dtype), distinct.repeat_interleave(3, 0).flatten()])
+    rows = flat[start:].view(2, 9, channels)
+    for x in (rows, rows.transpose(0, 1).contiguous().transpose(0, 1)):
+        b = Buffers(channels).watch(x)
+        assert b.count.tolist() == [6, 0]
+        assert b.rows().unique(dim=0).tolist() == distinct.float().unique(dim=0).tolist()
+
+
+class Counting(TorchDispatchMode):
+    """Counts the ops that compute something, and those among them that read `size` elements."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.size, self.ops, self.passes = size, 0, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if not func.is_view:
+            self.ops += 1
+            read = [one for one in (*args, *(kwargs or {}).values()) if isinstance(one, Tensor)]
+            picks_rows = func is torch.ops.aten.index_select.default
+            self.passes += not picks_rows and any(one.nbytes >= self.size for one in read)
+        return func(*args, **(kwargs or {}))
+
+
+def test_an_observer_passes_over_memory_three_times_and_launches_little():
+    """The smallest and the largest values, and each row beside the one before it."""
+    x = torch.randn(1, 512, 64)
+    b = Buffers(64, size=16)
+    with Counting(x.nbytes * 9 // 10) as seen:
+        body = ops.observe_channels._init_fn
+        body(x, b.amax, b.count, b.sample, b.priority, torch.tensor(0), 7)
+    assert seen.passes == 3
+    assert seen.ops <= 46
+    heads = torch.randn(1, 4, 99, 16)
+    with Counting(heads.nbytes) as seen:
+        ops.observe_heads._init_fn(heads, *bounds(2, 4, 16), torch.tensor(0))
+    assert seen.passes == 2
+    assert seen.ops <= 12
+
+
+def test_the_host_never_waits():
+    """Fake tensors have no numbers: whoever asks for one is an error."""
+    with FakeTensorMode():
+        b = Buffers(6)
+        line = torch.zeros((), dtype=torch.int64)
+        buffers = b.amax, b.count, b.sample, b.priority
+        ops.observe_channels._init_fn(torch.randn(2, 9, 6), *buffers, line, 7)
+        ops.observe_heads._init_fn(torch.randn(1, 2, 3, 4), *bounds(2, 2, 4), line)
+        with pytest.raises(DataDependentOutputException):
+            float(b.amax.sum())
 
 
 def test_buffers_that_do_not_fit_are_named():
