@@ -6,6 +6,10 @@ import argparse
 import json
 import os
 import platform
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +29,13 @@ def write(folder: Path, name: str, settings: Any, results: Any) -> Path:
 
 def settings(options: argparse.Namespace) -> dict[str, Any]:
     """Return the options of a benchmark that its results depend on."""
-    return {name: value for name, value in vars(options).items() if name != "out"}
+    given = {name: value for name, value in vars(options).items() if name != "out"}
+    return {name: _plain(value) for name, value in given.items()}
+
+
+def _plain(value: Any) -> Any:
+    """Return an option as JSON can hold it; infinity, for no limit, it cannot."""
+    return None if value == float("inf") else value
 
 
 def _surroundings() -> dict[str, Any]:
@@ -37,3 +47,34 @@ def _surroundings() -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
     }
+
+
+@dataclass
+class Budget:
+    """Seconds for all parts of a benchmark, counted from when this is made.
+
+    A part is begun only if as much time is left as the longest one before it took, so that what was
+    begun is done in time and the rest can be said to be left out.
+    """
+
+    seconds: float
+    _started: float = field(default_factory=time.monotonic)
+    _longest: float = 0.0
+
+    @property
+    def left(self) -> float:
+        """Seconds that are left."""
+        return self._started + self.seconds - time.monotonic()
+
+    def allows(self) -> bool:
+        """Whether one more part may begin."""
+        return self.left > self._longest
+
+    @contextmanager
+    def spend(self) -> Iterator[None]:
+        """Count what happens inside as one part."""
+        before = time.monotonic()
+        try:
+            yield
+        finally:
+            self._longest = max(self._longest, time.monotonic() - before)
