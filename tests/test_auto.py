@@ -10,6 +10,7 @@ from functools import cache
 
 import pytest
 import torch
+import zoo
 from sensing import made
 
 import wancompile
@@ -17,7 +18,7 @@ from benchmarks import subjects
 from wancompile import auto, cost, pipeline
 from wancompile.auto import Choice, resolve
 from wancompile.demo.sampler import calls
-from wancompile.errors import InputError, RecipeError
+from wancompile.errors import CalibrationError, InputError, RecipeError
 from wancompile.html import write_html
 from wancompile.recipe import QSpec, Recipe
 from wancompile.report import Report
@@ -188,6 +189,31 @@ def test_a_page_and_a_saved_report_say_why(tmp_path):
     assert section.count(f"<title>{found.sensitivity.worst(1)[0].site} in ") == 2 * 2
     assert f"{found.predicted.ms:.4g} ms" in section
     assert Report.from_data(json.loads(json.dumps(report.to_data()))) == report
+
+
+def test_compile_takes_a_budget():
+    t2v = made("t2v")
+    data = [t2v.first, *(zoo.example("t2v", seed=seed) for seed in range(2, 6))]
+    compiled = wancompile.compile(t2v.model, data, Recipe.auto(max_error=0.004, tokens=TOKENS))
+    report = compiled.report
+    assert report.choice is not None
+    assert report.recipe == report.choice.recipe
+    assert report.gate.check.held_out
+    assert len(report.gate.check.outputs) == report.choice.sensitivity.calls == 1
+    # What the gate measured with kernels and fusions is what the choice was made by.
+    assert report.choice.measured <= 0.004
+    assert report.gate.check.outputs[0].relative == pytest.approx(report.choice.measured, rel=0.1)
+    assert "auto max_error 0.004" in str(report)
+
+
+def test_compile_with_a_budget_needs_data_and_leaves_the_model_alone():
+    t2v = made("t2v")
+    with pytest.raises(CalibrationError, match="a budget needs calibration data"):
+        wancompile.compile(t2v.model, recipe=Recipe.auto(max_error=1), example_inputs=t2v.first)
+    impossible, before = Recipe.auto(max_ms=1e-6), t2v.model(**t2v.first)[0]
+    with pytest.raises(RecipeError, match="the fastest takes"):
+        wancompile.compile(t2v.model, recipe=impossible, stats=t2v.stats, example_inputs=t2v.first)
+    assert torch.equal(t2v.model(**t2v.first)[0], before)
 
 
 class Trained:

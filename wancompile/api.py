@@ -12,6 +12,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from wancompile import passes, pipeline
+from wancompile.auto import choose_recipe
 from wancompile.calibrate import Calibration
 from wancompile.compiled import CompiledModel
 from wancompile.errors import CalibrationError, InputError
@@ -21,7 +22,7 @@ from wancompile.gate.limits import DEFAULT, Limits
 from wancompile.gate.rounds import Rounds
 from wancompile.program import Program
 from wancompile.quant.stats import Stats
-from wancompile.recipe import Recipe, resolve
+from wancompile.recipe import Auto, Recipe, resolve
 from wancompile.report import Report
 from wancompile.resume import Resumable
 from wancompile.samples import CalibData, Call, Run, drive
@@ -95,7 +96,7 @@ def calibrate(
 def compile(
     model: torch.nn.Module,
     calib_data: CalibData | None = None,
-    recipe: str | Recipe = "int8",
+    recipe: str | Recipe | Auto = "int8",
     *,
     stats: Stats | None = None,
     example_inputs: Mapping[str, Any] | Sequence[Any] | None = None,
@@ -118,7 +119,9 @@ def compile(
         calib_data: calls of `model.forward`, each a dict of named or a tuple of positional
             arguments, or a `Sample` of one, shapes may differ; or a callable that runs the model,
             such as a whole pipeline call.
-        recipe: "int8", "fp8", "int8-attention", "fp8-attention" or a `Recipe`.
+        recipe: "int8", "fp8", "int8-attention", "fp8-attention", a `Recipe`, or a budget for one,
+            as `Recipe.auto` makes it: then each site gets a type that suits it, by the errors
+            measured on two of the calls kept, which takes half a forward a site, type and call.
         stats: statistics of an earlier `calibrate`, instead of `calib_data`.
         example_inputs: one call that shows the shapes, needed where `calib_data` is not given.
         consume: let go of each original weight once it is quantized, so that host memory never
@@ -138,17 +141,19 @@ def compile(
         GateError: the result is too far from `model`, whatever fell back.
         WancompileError: with the site, the source line, the pass and the reason; see `errors`.
     """
-    chosen = resolve(recipe)
-    if chosen.rounds_attention and stats is None and calib_data is None:
-        raise CalibrationError(
-            "8-bit attention needs calibration data or statistics for its static scales"
-        )
+    chosen = recipe if isinstance(recipe, Auto) else resolve(recipe)
+    if stats is None and calib_data is None:
+        _can_do_without_data(chosen)
     _need_weights(model)
     where = _device(device)
-    gated = limits is not None
+    gated = limits is not None or isinstance(chosen, Auto)
     program, call, stats, evidence = _prepare(
         model, calib_data, stats, example_inputs, where, gated, progress=progress, dump=dump
     )
+    choice = None
+    if isinstance(chosen, Auto):
+        choice = choose_recipe(chosen, program, evidence, stats, device=where, progress=progress)
+        chosen = choice.recipe
     chosen.check(program.groups, program.attentions)
     bytes_before = program.nbytes
     probe = pipeline.Probe(call, where)
@@ -161,9 +166,18 @@ def compile(
     quantized = rounds.quantize(program, smoothed, consume=consume)
     fused = pipeline.run(quantized, passes.FUSE, dump=dump, consume=True)
     gate = rounds.finish(fused)
-    report = Report(rounds.recipe, (), (), (), bytes_before, 0, gate=gate).with_program(fused)
+    report = Report(rounds.recipe, (), (), (), bytes_before, 0, choice, gate).with_program(fused)
     config = getattr(model, "config", None)
     return CompiledModel(fused, report, config, _dtype_of(model), evidence)
+
+
+def _can_do_without_data(asked: Recipe | Auto) -> None:
+    if isinstance(asked, Auto):
+        raise CalibrationError("a budget needs calibration data or statistics to choose types by")
+    if asked.rounds_attention:
+        raise CalibrationError(
+            "8-bit attention needs calibration data or statistics for its static scales"
+        )
 
 
 def _prepare(

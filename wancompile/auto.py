@@ -8,14 +8,23 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from glob import escape
 
+import torch
+
 from wancompile.cost import FLOAT, Costs, costs
-from wancompile.errors import RecipeError
+from wancompile.errors import CalibrationError, RecipeError
+from wancompile.gate.evidence import Evidence
+from wancompile.gate.record import on_device
 from wancompile.ir.site import Group
 from wancompile.knapsack import Option, choose, frontier
+from wancompile.program import Program
+from wancompile.quant.stats import Stats
 from wancompile.recipe import AttentionRule, Auto, QSpec, Recipe, Rule
 from wancompile.sensitivity import HeldOut, Sensitivity, measure
+from wancompile.stream import is_same
 from wancompile.trials import SELF_ATTENTION
 
+# Guided sampling calls a model with and without the prompt: two calls that are held back are both.
+_CALLS = 2
 # How many choices are measured at most, and how many limits are tried, which costs next to nothing.
 _ROUNDS, _STEPS = 4, 24
 
@@ -103,6 +112,37 @@ def resolve(
         source=times.source,
         sensitivity=found,
     )
+
+
+def choose_recipe(
+    request: Auto,
+    program: Program,
+    evidence: Evidence | None,
+    stats: Stats | None,
+    *,
+    device: torch.device | None = None,
+    progress: bool = False,
+) -> Choice:
+    """Resolve a request on the first calls of the evidence.
+
+    Args:
+        request: what is asked for.
+        program: the original, at level NORMAL.
+        evidence: calls to measure errors on.
+        stats: what was learned on other calls.
+        device: where to compute, if not where the weights are; all of them move there.
+        progress: show a progress bar.
+
+    Raises:
+        CalibrationError: there is no evidence.
+        WancompileError: as `resolve` does.
+    """
+    if evidence is None:
+        raise CalibrationError("a budget needs calls to measure errors on")
+    home = device or program.device
+    placed = program if is_same(home, program.device) else program.to(home)
+    calls = [on_device(call, home) for call in evidence.calls[:_CALLS]]
+    return resolve(request, HeldOut.of(placed, calls, stats), progress=progress)
 
 
 def _fastest(candidates: _Candidates, held_out: HeldOut, budget: float) -> tuple[Recipe, float]:
