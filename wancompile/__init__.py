@@ -8,13 +8,16 @@ from wancompile.ir.levels import Level
 from wancompile.ir.site import Attention, Group, Role, Site
 from wancompile.program import Program
 from wancompile.quant.stats import Stats
-from wancompile.recipe import QSpec, Recipe, Rule
+from wancompile.recipe import AttentionRule, Auto, QSpec, Recipe, Rule
 from wancompile.report import Report
 from wancompile.samples import Sample
+from wancompile.sensitivity import Sensitivity, sensitivity
 
 __all__ = [
     "ArtifactError",
     "Attention",
+    "AttentionRule",
+    "Auto",
     "CompiledModel",
     "Group",
     "Level",
@@ -25,12 +28,14 @@ __all__ = [
     "Role",
     "Rule",
     "Sample",
+    "Sensitivity",
     "Site",
     "Stats",
     "WancompileError",
     "calibrate",
     "compile",
     "load",
+    "sensitivity",
     "trace",
 ]
 __version__ = "0.1.0"
