@@ -8,9 +8,10 @@ import pytest
 import torch
 from diffusers import WanTransformer3DModel
 
-from benchmarks import planning, recognition, record, smoothing, subjects
+from benchmarks import planning, recognition, record, sensitivity, smoothing, subjects
 from training.train import CONFIGS
 from wancompile.demo.sampler import Request
+from wancompile.sensitivity import Sensitivity, SiteSensitivity
 
 
 @pytest.fixture
@@ -54,6 +55,31 @@ def test_smoothing(one_block, tmp_path, capsys):
     roles = {one["role"] for one in errors["outliers"]["fp8"]["roles"]}
     assert {"attn_qkv_proj", "attn_add_kv_proj", "ffn_down_proj"} <= roles
     assert "ffn_up_proj" in capsys.readouterr().out
+
+
+def test_sensitivity(one_block, tmp_path, capsys):
+    options = ["--videos", "1", "--steps", "2", "--kinds", "original"]
+    sensitivity.main(["t2v", *options, "--out", str(tmp_path)])
+    found = results(tmp_path, "sensitivity")["results"]
+    (one,) = found["checkpoints"]
+    assert one["trials"] == len(one["sites"]) == 2 * 8  # seven groups and an attention, two types
+    assert [each["dtype"] for each in one["together"]] == ["int8", "fp8"]
+    assert all(0.5 < each["ratio"] < 2 and -1 <= each["rank"] <= 1 for each in one["together"])
+    assert found["estimate"]["trials"] == 40 * one["trials"]
+    assert "t2v-14b, 8,190 tokens, 640 trials" in capsys.readouterr().out
+
+
+def test_ranks_are_compared_not_sizes():
+    def found(errors):
+        sites = [
+            SiteSensitivity(str(at), "", "int8", 0.0, error, float(at) ** 3)
+            for at, error in enumerate(errors)
+        ]
+        other = SiteSensitivity("x", "", "fp8", 0.0, 9.0, 0.0)
+        return Sensitivity((*sites, other), (), 1, 0.0, 0.0)
+
+    assert sensitivity.rank_correlation(found([0.1, 0.2, 0.9]), "int8") == pytest.approx(1)
+    assert sensitivity.rank_correlation(found([0.9, 0.2, 0.1]), "int8") == pytest.approx(-1)
 
 
 def test_the_share_won_back():
