@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import types
 from collections.abc import Mapping
-from dataclasses import fields, is_dataclass
+from dataclasses import MISSING, fields, is_dataclass
 from enum import Enum, IntEnum
 from functools import cache
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -90,7 +90,9 @@ def _read_enum(kind: type[Enum], data: Any) -> Enum:
 
 def _read_fields(kind: Any, data: Any) -> Any:
     hints = _types(kind)
-    _need(isinstance(data, dict) and data.keys() == hints.keys(), kind, data)
+    _need(isinstance(data, dict) and data.keys() <= hints.keys(), kind, data)
+    # A field with a default may be younger than what was saved.
+    _need(all(name in data for name in _needed(kind)), kind, data)
     return kind(**{name: _read(hints[name], one) for name, one in data.items()})
 
 
@@ -98,6 +100,12 @@ def _read_fields(kind: Any, data: Any) -> Any:
 def _types(kind: Any) -> dict[str, Any]:
     hints = get_type_hints(kind)
     return {one.name: hints[one.name] for one in fields(kind)}
+
+
+@cache
+def _needed(kind: Any) -> tuple[str, ...]:
+    defaults = (MISSING, MISSING)
+    return tuple(one.name for one in fields(kind) if (one.default, one.default_factory) == defaults)
 
 
 def _read_plain(kind: Any, data: Any) -> Any:

@@ -195,7 +195,7 @@ class _Builder:
         if not self._shares or value is None:
             return value
         if isinstance(value, (tuple, list)):
-            return type(value)(self._one_of_kind(one) for one in value)
+            return type(value)([self._one_of_kind(one) for one in value])
         return self._kinds.setdefault(_kind(value), value)
 
     def _evaluate(self, node: Node, data: Mapping[str, Any]) -> Any:
