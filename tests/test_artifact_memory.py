@@ -40,7 +40,7 @@ print(json.dumps({
 )
 
 LOAD = """
-import json, sys, threading, time
+import json, sys, threading, time, zlib
 import torch, wancompile
 
 big, small = sys.argv[1:]
@@ -69,7 +69,8 @@ peak.start()
 started = time.perf_counter()
 model = wancompile.load(big)
 seconds = time.perf_counter() - started
-total = sum(int(t.view(torch.uint8).sum()) for t in model.program.state.values() if t.dim())
+for tensor in model.program.state.values():
+    zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy())  # reads it all
 peak.watching = False
 peak.join()
 mapped = sum("weights-" in line for line in open("/proc/self/maps"))
