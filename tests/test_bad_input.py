@@ -1,0 +1,157 @@
+"""What happens with calibration data that is broken, says little, or is of another model.
+
+| input | what happens |
+|---|---|
+| a NaN or infinite weight | `NumericsError` with its name, before anything runs |
+| activations that overflow | `CalibrationError` with the sample and the linear |
+| one constant sample | groups with one distinct token stay unsmoothed; attention returns to float |
+| text that is all zeros | compiles; groups that read text stay unsmoothed |
+| videos of one token | nothing that reads the video is smoothed; attention returns to float |
+| samples of one timestep | compiles; `check` on other timesteps tells whether that was enough |
+| another expert's statistics | attention whose values lie outside of its scales returns to float |
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+import zoo
+
+import wancompile
+from wancompile.errors import CalibrationError, NumericsError
+from wancompile.gate.check import Kind
+from wancompile.pipeline import relative_error
+
+RECIPE = "int8-attention"
+ATTENTION = "blocks.0.attn1:attention"
+TEXT = torch.randn(2, 512, 40, generator=torch.Generator().manual_seed(3))
+
+
+def calls(count, first=10, **changes):
+    return [{**zoo.example("t2v", 1, seed=first + index), **changes} for index in range(count)]
+
+
+@pytest.fixture(scope="module")
+def wan():
+    """A T2V model of one block."""
+    return zoo.make("t2v", 1)[0]
+
+
+def error_of(wan, compiled, call):
+    with torch.no_grad():
+        expected = wan(**call, return_dict=False)[0]
+    return relative_error(compiled(**call, return_dict=False)[0], expected)
+
+
+def unsmoothed(compiled):
+    return {str(group.role) for group in compiled.report.groups if group.smoothing is None}
+
+
+def only_fallback(compiled):
+    (found,) = compiled.report.gate.fallbacks
+    return found
+
+
+def passes_on_others(wan, compiled):
+    """Return the figures on two calls unlike those it was calibrated on."""
+    others = calls(2, first=90)
+    check = compiled.check(others, reference=wan)
+    assert check.passed
+    for call, found in zip(others, check.outputs, strict=True):
+        assert found.relative == pytest.approx(error_of(wan, compiled, call), rel=1e-3)
+    return check
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("data", [calls(1), calls(5)], ids=["one", "held out"])
+def test_a_weight_that_is_no_number(wan, value, data):
+    broken = copy.deepcopy(wan)
+    with torch.no_grad():
+        broken.blocks[0].attn2.to_v.weight[3, 5] = value
+    with pytest.raises(NumericsError, match="a weight holds NaN or infinity") as caught:
+        wancompile.compile(broken, data)
+    assert caught.value.site == "blocks.0.attn2.to_v.weight"
+
+
+# The fourth call is held out, the fifth is observed again.
+@pytest.mark.parametrize("at", [0, 1, 3, 4])
+def test_activations_that_overflow(wan, at):
+    data = calls(6)
+    data[at] = {**data[at], "encoder_hidden_states": 5e37 * TEXT}
+    # On the first call rewrites are checked, before anything is calibrated.
+    kind = NumericsError if at == 0 else CalibrationError
+    with pytest.raises(kind, match="NaN or infinity") as caught:
+        wancompile.compile(wan, data)
+    if at:
+        assert f"sample {at} drives" in str(caught.value)
+        assert caught.value.pass_name == "calibrate"
+        assert "transformer_wan.py" in caught.value.source
+
+
+def test_one_constant_sample(wan):
+    constant = {
+        name: torch.full_like(tensor, 0.5 if tensor.dim() > 1 else 500.0)
+        for name, tensor in calls(1)[0].items()
+    }
+    compiled = wancompile.compile(wan, [constant], RECIPE)
+    assert not compiled.report.gate.check.held_out
+    # All text tokens are one, and so are all video tokens before their places are known.
+    assert {"attn_qkv_proj", "attn_kv_proj"} <= unsmoothed(compiled)
+    found = only_fallback(compiled)
+    assert (found.place, found.kind, found.after) == (ATTENTION, Kind.CLIPPED, "float")
+    passes_on_others(wan, compiled)
+
+
+def test_text_that_is_all_zeros(wan):
+    compiled = wancompile.compile(wan, calls(5, encoder_hidden_states=0 * TEXT), RECIPE)
+    assert compiled.report.gate.check.held_out
+    assert compiled.report.gate.fallbacks == ()
+    assert "attn_kv_proj" in unsmoothed(compiled)
+    passes_on_others(wan, compiled)
+
+
+def test_videos_of_a_single_token(wan):
+    video = torch.randn(1, 16, 1, 2, 2, generator=torch.Generator().manual_seed(4))
+    small = {
+        "hidden_states": video,
+        "timestep": torch.tensor([500.0]),
+        "encoder_hidden_states": TEXT[:1],
+    }
+    compiled = wancompile.compile(wan, 5 * [small], RECIPE)
+    assert unsmoothed(compiled) == {str(g.role) for g in compiled.report.groups} - {"attn_kv_proj"}
+    found = only_fallback(compiled)
+    assert (found.place, found.kind, found.after) == (ATTENTION, Kind.CLIPPED, "float")
+    assert error_of(wan, compiled, small) < 0.02
+    passes_on_others(wan, compiled)
+
+
+def test_samples_of_one_timestep(wan):
+    compiled = wancompile.compile(wan, calls(5, timestep=torch.full((2,), 999.0)), RECIPE)
+    assert compiled.report.gate.fallbacks == ()
+    early = calls(2, first=90, timestep=torch.full((2,), 20.0))
+    check = compiled.check(early, reference=wan)
+    assert [one.relative for one in check.outputs] == pytest.approx(
+        [error_of(wan, compiled, call) for call in early], rel=1e-3
+    )
+    assert check.passed  # the range of this model's activations hardly depends on the timestep
+
+
+def test_statistics_of_another_expert(wan):
+    """The same architecture, but its queries and keys are a fifth as large."""
+    other = copy.deepcopy(wan)
+    with torch.no_grad():
+        for norm in (other.blocks[0].attn1.norm_q, other.blocks[0].attn1.norm_k):
+            norm.weight.mul_(0.2)
+    stats, call = wancompile.calibrate(other, calls(3)), calls(1, first=50)[0]
+    options = {"recipe": RECIPE, "stats": stats, "example_inputs": call}
+    compiled = wancompile.compile(wan, **options)
+    found = only_fallback(compiled)
+    assert (found.place, found.kind, found.after) == (ATTENTION, Kind.CLIPPED, "float")
+    assert found.figure > 0.2
+    passes_on_others(wan, compiled)
+    unguarded = wancompile.compile(wan, **options, limits=None)
+    assert unguarded.check(call).clipped[ATTENTION] == found.figure
+    assert error_of(wan, unguarded, call) > 2 * error_of(wan, compiled, call)
