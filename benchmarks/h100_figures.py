@@ -33,14 +33,21 @@ _NOTICEABLE = 0.005
 def load(paths: Iterable[Path]) -> tuple[dict[tuple[str, str], Cell], list[dict[str, Any]]]:
     """Return the cells of all files, by row and column, and what each file was measured on.
 
-    Of a cell in several files the last one with times counts.
+    Of a cell in several files the last one with times counts. Cells know their `run`, and in
+    `base_ms` how long torch.compile took in it: cards differ, and so does one from hour to hour.
     """
     cells: dict[tuple[str, str], Cell] = {}
     surroundings = []
     for path in paths:
         content = json.loads(path.read_text(encoding="utf-8"))
         surroundings.append({**content["measured_on"], **content["settings"]})
+        base = {
+            cell["row"]: model_ms(cell)
+            for cell in content["results"]
+            if cell["column"] == COMPILED and has_times(cell)
+        }
         for cell in content["results"]:
+            cell = {**cell, "run": path.stem, "base_ms": base.get(cell["row"])}
             key = cell["row"], cell["column"]
             if key not in cells or has_times(cell) or not has_times(cells[key]):
                 cells[key] = cell
@@ -188,8 +195,27 @@ def targets(cells: Cells) -> list[Target]:
 def gain(cells: Cells, row: str, column: str, over: Sequence[str]) -> float | None:
     """Return how many times faster a column is than the fastest of others, on whole models."""
     own = timed(cells, row, column)
-    others = [model_ms(one) for name in over if (one := timed(cells, row, name))]
-    return min(others) / model_ms(own) if own and others else None
+    others = [one for name in over if (one := timed(cells, row, name))]
+    ratios = [found for one in others if own and (found := ratio(one, own)) is not None]
+    return min(ratios, default=None)
+
+
+def ratio(slow: Cell, fast: Cell) -> float | None:
+    """Return the ratio of the times of two models of one row.
+
+    Where they were measured in different runs, each is taken by torch.compile's time in its own;
+    None where that is missing.
+    """
+    plain = model_ms(slow) / model_ms(fast)
+    if slow.get("run") == fast.get("run"):
+        return plain
+    bases = fast.get("base_ms"), slow.get("base_ms")
+    return plain * bases[0] / bases[1] if bases[0] and bases[1] else None
+
+
+def over_compiled(cell: Cell) -> float | None:
+    """Return how many times faster a model is than torch.compile's in the same run."""
+    return cell["base_ms"] / model_ms(cell) if cell.get("base_ms") else None
 
 
 def _gain(

@@ -64,6 +64,26 @@ def test_the_best_rate_may_be_that_of_a_linear():
     assert h100_figures.best_rates(one) == {"fp8": 1500.0, "copy": 2.0}
 
 
+def test_runs_are_compared_through_what_both_measured(tmp_path):
+    runs = {
+        "a": [cell("compile-sdpa", [170.0], [70.0]), cell("fp8-attention", [90.0], [40.0])],
+        "b": [cell("compile-sdpa", [340.0], [140.0]), cell("torchao-fa3", [255.0], [105.0])],
+        "c": [cell("torchao-sdpa", [90.0], [40.0])],
+    }
+    files = []
+    for name, results in runs.items():
+        content = {"measured_on": {}, "settings": {"packages": {}}, "results": results}
+        files.append(tmp_path / f"{name}.json")
+        files[-1].write_text(json.dumps(content))
+    cells, _ = h100_figures.load(files)
+    # The card of b takes twice as long for everything; c measured nothing to compare with.
+    expected = (1.5 * (20 + 40 * 50) / 2) / (15 + 40 * 25)
+    over = h100_figures.gain(cells, ROW, "fp8-attention", h100_figures.TORCHAO)
+    assert over == pytest.approx(expected)
+    assert h100_figures.ratio(cells[ROW, "torchao-sdpa"], cells[ROW, "fp8-attention"]) is None
+    assert h100_figures.over_compiled(cells[ROW, "torchao-fa3"]) == pytest.approx(4 / 3)
+
+
 def test_targets_are_met_or_not_or_not_measured():
     slow, fast = [170.0], [70.0]  # 50 ms a layer
     norm_entry = entry("norm", "elementwise", "bf16", ms=1.3, gbytes=2.0)
@@ -118,9 +138,16 @@ def test_the_document_says_what_was_measured_and_what_was_not():
     rates = {"copy": 4000.0, "fp8": 1000.0}
     cells = by_key(
         cell(
-            "compile-sdpa", [48.0], [16.0], profile=theirs, error=4e-3, cold=True, first_call_s=31
+            "compile-sdpa",
+            [48.0],
+            [16.0],
+            profile=theirs,
+            error=4e-3,
+            cold=True,
+            first_call_s=31,
+            base_ms=640.0,
         ),
-        cell("fp8-attention", [30.0], [10.0], rates=rates, profile=profile, first_call_s=9),
+        cell("fp8-attention", [30.0], [10.0], rates=rates, profile=profile, base_ms=640.0),
         {"row": ROW, "column": "eager", "note": "stopped after 150 s"},
     )
     text = h100_table.document(cells, [])
