@@ -17,9 +17,10 @@ from wancompile.errors import GateError, InputError
 from wancompile.gate.check import Check, Kind, Violation
 from wancompile.gate.compare import SiteError
 from wancompile.gate.evidence import FIRST, MOST, Evidence, HoldBack
-from wancompile.gate.fallback import relax_sites
+from wancompile.gate.fallback import Fallback, relax_sites
 from wancompile.gate.limits import Limits
 from wancompile.gate.rounds import Gate
+from wancompile.html import write_html
 from wancompile.pipeline import relative_error
 from wancompile.recipe import QSpec, Recipe, Rule, resolve
 from wancompile.report import Report
@@ -204,6 +205,19 @@ def test_figures_survive_json(int8):
     assert facts.from_data(Gate, facts.to_data(gate)) == gate
     again = facts.from_data(Report, facts.to_data(int8.report))
     assert str(again) == str(int8.report)
+
+
+def test_a_page_shows_the_gate(int8, tmp_path):
+    gate = int8.report.gate
+    fallback = Fallback("blocks.1.attn1:attention", "int8", "float", Kind.OWN, 0.2, 0.15)
+    report = replace(int8.report, gate=replace(gate, fallbacks=(fallback,)))
+    page = write_html(tmp_path / "page.html", report).read_text(encoding="utf-8")
+    assert 'id="gate"' in page
+    assert "Checked on 1 held-out call: all within limits." in page
+    assert f"<code>{gate.check.outputs[0].site}</code>" in page
+    assert f"fell back: {fallback}" in page
+    without = write_html(tmp_path / "without.html", replace(report, gate=None))
+    assert 'id="gate"' not in without.read_text(encoding="utf-8")
 
 
 def test_nothing_is_measured_without_limits(wan, data):

@@ -3,7 +3,9 @@
 from wancompile.api import calibrate, compile, trace
 from wancompile.artifact.load import load
 from wancompile.compiled import CompiledModel
-from wancompile.errors import ArtifactError, WancompileError
+from wancompile.errors import ArtifactError, GateError, WancompileError
+from wancompile.gate.check import Check
+from wancompile.gate.limits import Limits
 from wancompile.ir.levels import Level
 from wancompile.ir.site import Attention, Group, Role, Site
 from wancompile.program import Program
@@ -18,9 +20,12 @@ __all__ = [
     "Attention",
     "AttentionRule",
     "Auto",
+    "Check",
     "CompiledModel",
+    "GateError",
     "Group",
     "Level",
+    "Limits",
     "Program",
     "QSpec",
     "Recipe",

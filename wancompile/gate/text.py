@@ -14,13 +14,13 @@ from wancompile.units import percent, plural
 if TYPE_CHECKING:
     from wancompile.gate.rounds import Gate
 
-_HEADERS = ["worst", "place", "error", "SQNR", "cosine", "limit"]
+HEADERS = ["worst", "place", "error", "SQNR", "cosine", "limit"]
 _LISTED = 12
 
 
 def check_text(check: Check) -> str:
     """Return the worst figure of each kind with its limit, and what is beyond one."""
-    table = tabulate(rows_of(check), headers=_HEADERS, disable_numparse=True)
+    table = tabulate(rows_of(check), headers=HEADERS, disable_numparse=True)
     lines = [summary(check), str(table)]
     found = check.violations
     lines += [f"beyond its limit: {one}" for one in found[:_LISTED]]

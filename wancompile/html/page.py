@@ -7,7 +7,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from wancompile.gate.compare import Comparison
-from wancompile.html import budget, chart, graph, sections
+from wancompile.html import budget, chart, gate, graph, sections
 from wancompile.html.extras import Extras, render
 from wancompile.html.markup import Html, el, join
 from wancompile.inspect import side_by_side
@@ -35,7 +35,7 @@ def write_html(
         path: the file; folders above it are made.
         report: of `compile`, or of any program.
         programs: two programs of the model, before and after, of which one block is shown.
-        comparison: their errors site by site, from `inspect.compare`.
+        comparison: their errors site by site, from `gate.compare.compare`.
         extras: tables and pictures of results, shown first.
         title: what was compiled, such as the name of a checkpoint.
         block: glob of the module to show of `programs`; the first repeated block if not given.
@@ -88,6 +88,8 @@ def _sections(
         parts.append(("errors", "Errors", _ERRORS, _group_chart(report)))
     if report.choice is not None:
         parts.append(("budget", "Budget", _BUDGET, budget.render(report.choice)))
+    if report.gate is not None:
+        parts.append(("gate", "Gate", _GATE, gate.render(report.gate)))
     if comparison is not None:
         parts.append(("sites", "Whole model", _sites_text(comparison), _site_chart(comparison)))
     if programs is not None:
@@ -109,6 +111,10 @@ _ROLES = (
     "tokens that did not choose the smooth scale s."
 )
 _ERRORS = "Each group by depth: open circles without smoothing, full ones as compiled."
+_GATE = (
+    "The worst figures against the original. Errors accumulate from the input of the model on, but "
+    "for those that a group or an attention makes of its own."
+)
 _BUDGET = (
     "Why the recipe is what it is: the error of the model's output on held-out calls if one group "
     "or self-attention alone is in 8 bits, and what the best choices cost and lose."
