@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, is_dataclass
+from enum import Enum
+from typing import Any, get_args, get_type_hints
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from wancompile.artifact import facts, values
 from wancompile.errors import ArtifactError
 from wancompile.ir.levels import Level
 from wancompile.ir.site import Role, Site
+from wancompile.report import Report
 
 VALUES = [
     None,
@@ -146,3 +148,24 @@ def test_a_field_without_a_default_is_needed():
 def test_what_is_no_fact_is_refused():
     with pytest.raises(ArtifactError, match="cannot be saved"):
         facts.to_data({"x": object()})
+
+
+def kinds_in(kind: Any, seen: set[Any]) -> set[Any]:
+    """Return every type that is named in the fields of `kind`, and in theirs."""
+    inner = get_args(kind)
+    if inner:
+        for one in inner:
+            kinds_in(one, seen)
+    elif kind not in seen:
+        seen.add(kind)
+        if is_dataclass(kind) and kind is not Site:
+            for one in get_type_hints(kind).values():
+                kinds_in(one, seen)
+    return seen
+
+
+def test_all_that_a_report_can_hold_can_be_read():
+    """Whoever gives a report a field of a new kind has to teach `facts` that kind."""
+    known = {bool, int, float, str, type(None), Ellipsis}
+    for kind in kinds_in(Report, set()) - known:
+        assert is_dataclass(kind) or issubclass(kind, Enum), kind
