@@ -25,7 +25,8 @@ sanitize:  ## every kernel under compute-sanitizer, on a CUDA device
 bench:  ## the figures of the README, as JSON
 	python -m benchmarks.planning
 	python -m benchmarks.smoothing
-	python -m benchmarks.recognition
+	python -m benchmarks.accuracy
+	python -m benchmarks.attention_accuracy
 
 bench-gpu:  ## the kernels at the sizes of real models, on a CUDA device
 	mkdir -p benchmarks/results

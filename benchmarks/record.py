@@ -58,7 +58,7 @@ class Budget:
     """
 
     seconds: float
-    _started: float = field(default_factory=time.monotonic)
+    _started: float = field(default_factory=lambda: time.monotonic())
     _longest: float = 0.0
 
     @property

@@ -35,6 +35,16 @@ def with_outliers(model: nn.Module) -> nn.Module:
     return inject_outliers(copy.deepcopy(model))
 
 
+def in_bf16(model: nn.Module) -> nn.Module:
+    """Return a copy in bf16, but for the parameters that diffusers keeps in fp32 when it loads."""
+    copied = copy.deepcopy(model)
+    kept = frozenset(getattr(model, "_keep_in_fp32_modules", None) or ())
+    for name, parameter in copied.named_parameters():
+        if not kept.intersection(name.split(".")):
+            parameter.data = parameter.data.bfloat16()
+    return copied
+
+
 def calibration(name: str, videos: int, steps: int) -> Request:
     """Return the videos whose sampling shows a model's activations to the compiler."""
     asked, _ = request(name, videos, _CALIBRATION_SEED)

@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
+import argparse
+import contextlib
+import copy
 import json
 
 import pytest
 import torch
 from diffusers import WanTransformer3DModel
 
-from benchmarks import planning, recognition, record, sensitivity, smoothing, subjects
+from benchmarks import (
+    accuracy,
+    accuracy_table,
+    attention_accuracy,
+    planning,
+    record,
+    sensitivity,
+    smoothing,
+    subjects,
+)
+from benchmarks.accuracy_columns import COLUMNS, Column, Subject, Unavailable
 from training.train import CONFIGS
-from wancompile.demo.sampler import Request
+from wancompile.demo.sampler import Request, calls
 from wancompile.sensitivity import Sensitivity, SiteSensitivity
 
 
@@ -96,17 +109,135 @@ def test_errors_of_calls_count_by_their_size():
     assert smoothing.relative_error(actual, expected) == pytest.approx(0.1)
 
 
-def test_recognition(one_block, tmp_path, capsys):
-    options = ["--count", "2", "--batch", "1", "--steps", "2", "--recipes", "int8-attention"]
-    calibration = ["--calibration-videos", "1", "--calibration-steps", "2"]
-    recognition.main(["t2v", *options, *calibration, "--out", str(tmp_path)])
-    (found,) = results(tmp_path, "recognition")["results"]
-    compiled = found["recipes"]["int8-attention"]
-    assert found["asked"] == [0, 1]
-    assert len(found["original"]["named"]) == len(compiled["named"]) == 2
-    assert compiled["psnr"]["worst"] == min(compiled["psnr"]["each"]) > 10
-    assert compiled["ssim"]["worst"] < compiled["ssim"]["mean"] <= 1
-    assert "int8-attention" in capsys.readouterr().out
+FEW = ["--count", "3", "--batch", "2", "--steps", "2", "--every", "1"]
+FEW += ["--calibration-videos", "1", "--calibration-steps", "2"]
+
+
+def test_accuracy(one_block, tmp_path, capsys):
+    columns = ["float", "bf16", "int8", "int8-rounded", "torchao-fp8"]
+    accuracy.main(["t2v", *FEW, "--columns", *columns, "--out", str(tmp_path)])
+    plain, outliers = (
+        results(tmp_path, f"accuracy-t2v-{kind}")["results"] for kind in accuracy.KINDS
+    )
+    assert plain["asked"] == [0, 1, 2]
+    assert "compared with" in plain["columns"]["float"]["left_out"]
+    assert "GPU" in plain["columns"]["torchao-fp8"]["left_out"]
+    assert min(outliers["columns"]["float"]["psnr"]["each"]) > 90
+    assert 1e-3 < plain["columns"]["bf16"]["one_step"]["mean"] < 2e-2
+    for found in (plain, outliers):
+        int8, rounded = (found["columns"][one] for one in ("int8", "int8-rounded"))
+        for name in ("one_step", "psnr", "ssim", "temporal"):
+            assert len(int8[name]["each"]) == 3
+        assert int8["one_step"]["worst"] == pytest.approx(max(int8["one_step"]["each"]))
+        assert int8["psnr"]["worst"] == pytest.approx(min(int8["psnr"]["each"]))
+        assert 0 < int8["one_step"]["mean"] <= int8["one_step"]["worst"] < 0.1
+    assert rounded["one_step"]["mean"] > 5 * int8["one_step"]["mean"]
+    assert rounded["psnr"]["mean"] < int8["psnr"]["mean"] - 10
+    assert rounded["temporal"]["mean"] > int8["temporal"]["mean"]
+    printed = capsys.readouterr().out
+    assert "| ours int8 " in printed
+    assert "### T2V, with outlier channels" in printed
+
+
+def test_one_step_error_is_of_each_video(one_block):
+    """Calls of several batches, of which the last is shorter, come back video by video."""
+    options = argparse.Namespace(count=3, batch=2, steps=2, every=1)
+    reference = accuracy.Reference("t2v", options)
+    nudge = torch.tensor([0.1, 0.2, 0.3])
+
+    def model(**call):
+        (output,) = reference.model(**call)
+        first = 0 if len(output) == 2 else 2
+        return (output * (1 + nudge[first : first + len(output), None, None, None, None]),)
+
+    model.dtype = torch.float32
+    torch.testing.assert_close(reference._one_step(model).float(), nudge)
+
+
+def test_columns_for_which_no_time_is_left_are_named(one_block, tmp_path, capsys):
+    options = [*FEW, "--kinds", "plain", "--budget", "0", "--columns", "int8", "fp8"]
+    accuracy.main(["t2v", *options, "--out", str(tmp_path)])
+    found = results(tmp_path, "accuracy-t2v-plain")["results"]
+    assert {one["left_out"] for one in found["columns"].values()} == {"no time was left"}
+    assert capsys.readouterr().out.count("left out: no time was left") == 4
+
+
+def test_a_column_that_fails_stops_no_other(one_block, tmp_path, capsys, monkeypatch):
+    def broken(subject):
+        raise RuntimeError("dimensions of 64 are not for me\nand more")
+
+    columns = (Column("peer", "a peer", broken), Column("float", "not quantized", in_fp64))
+    monkeypatch.setattr(accuracy, "COLUMNS", columns)
+    monkeypatch.setattr(accuracy_table, "COLUMNS", columns)
+    with pytest.raises(SystemExit):
+        accuracy.main(["t2v", *FEW, "--kinds", "plain", "--out", str(tmp_path)])
+    found = results(tmp_path, "accuracy-t2v-plain")["results"]["columns"]
+    assert found["peer"]["failed"] == "RuntimeError: dimensions of 64 are not for me\nand more"
+    assert found["float"]["psnr"]["worst"] > 90
+    assert "failed: RuntimeError: dimensions of 64 are not for me" in capsys.readouterr().out
+
+
+def in_fp64(subject):
+    return subject.copy().double()
+
+
+def test_no_column_changes_its_subject(one_block):
+    model = subjects.load("t2v")
+    subject = Subject(model, calls(model, [subjects.calibration("t2v", 1, 1)]))
+    before = copy.deepcopy(model.state_dict())
+    for column in COLUMNS:
+        if column.name in ("bf16", "int8", "fp8-attention", "modelopt-int8", "auto-2"):
+            with contextlib.suppress(Unavailable):
+                column.make(subject)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+
+
+def test_bf16_keeps_in_fp32_what_diffusers_keeps():
+    model = subjects.in_bf16(subjects.load("t2v"))
+    assert model.dtype == model.blocks[0].attn1.to_q.weight.dtype == torch.bfloat16
+    assert model.scale_shift_table.dtype == model.blocks[0].norm2.weight.dtype == torch.float32
+
+
+def goals_of(**psnr):
+    columns = {name.replace("_", "-"): {"psnr": {"mean": value}} for name, value in psnr.items()}
+    return {"checkpoint": "t2v", "kind": "plain", "columns": columns}
+
+
+def test_goals():
+    met = goals_of(int8=46.0, int8_attention=42.5, fp8=35.0, torchao_fp8=35.1,
+                   modelopt_int8=40.0, modelopt_int8_half=44.5)  # fmt: skip
+    short = goals_of(int8=44.0, torchao_fp8=36.0, modelopt_int8=43.9)
+    lines = accuracy_table._goals([met, short]).splitlines()[2:]
+    verdicts = [line.rsplit("|", 2)[1].strip() for line in lines]
+    assert verdicts == ["yes"] * 5 + ["**no**", "**no**", "yes", "**no**"]
+    assert "| 1.5" in lines[4]
+    assert "| 0.8" in lines[-1]
+
+
+def test_attention_accuracy(one_block, tmp_path, capsys):
+    cells = ["exact", "V bf16", "int8 QK, fp8 PV"]
+    options = ["--videos", "1", "--steps", "2", "--every", "1", "--calibration-videos", "1"]
+    attention_accuracy.main(["t2v", *options, "--cells", *cells, "--out", str(tmp_path)])
+    (found,) = results(tmp_path, "attention_accuracy")["results"]
+    exact, bf16, rounded = (found["cells"][one] for one in cells)
+    assert exact["float"] < 1e-6 < bf16["float"] < rounded["float"] < 0.1
+    # Untrained, attention hardly matters beside the int8 linears.
+    assert rounded["int8"] == pytest.approx(exact["int8"], rel=0.1)
+    assert exact["int8"] > 1e-4
+    assert len(rounded["psnr"]) == 1
+    assert 50 < rounded["psnr"][0] < 90
+    assert "int8 QK, fp8 PV" in capsys.readouterr().out
+
+
+def test_a_budget_that_is_spent(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(record.time, "monotonic", lambda: now[0])
+    budget = record.Budget(10)
+    with budget.spend():
+        now[0] += 6
+    assert not budget.allows()  # the next one may take 6 seconds as well, and 4 are left
+    assert budget.left == 4
 
 
 def test_a_video_does_not_depend_on_its_batch():
@@ -120,10 +251,11 @@ def test_a_video_does_not_depend_on_its_batch():
 
 def test_the_worst_are_a_twentieth():
     values = torch.arange(40.0).flip(0)
-    found = recognition.spread(values)
-    assert found["mean"] == pytest.approx(19.5)
-    assert found["worst"] == pytest.approx(0.5)
-    assert recognition.spread(values[-3:])["worst"] == 0
+    for name, worst, worst_of_three in (("psnr", 0.5, 0), ("one_step", 38.5, 2)):
+        found = accuracy_table.spread(name, values)
+        assert found["mean"] == pytest.approx(19.5)
+        assert found["worst"] == pytest.approx(worst)
+        assert accuracy_table.spread(name, values[-3:])["worst"] == worst_of_three
 
 
 def test_what_is_no_number_is_not_written(tmp_path):
