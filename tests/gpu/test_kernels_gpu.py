@@ -144,8 +144,10 @@ def test_attention_with_values_in_bf16_is_near_float64(cuda, dtype, head_size, b
     for v in (merged[:, :, 1].transpose(1, 2), merged[:, :, 1].transpose(1, 2).flip(-1).flip(-1)):
         args = q, k, v, *scales, None, factor, torch.float32
         for kernel in fitting(ATTENTION, cuda, args):
-            # P is bf16; tensor cores keep 14 bits of the sums of e4m3 products, the logits.
+            # P is bf16; tensor cores keep 14 bits of the sums of e4m3 products, the logits. Torch's
+            # own attention has q in bf16, too.
             limit = 3e-3 if dtype == INT8 else 6e-3
+            limit = 0.02 if kernel is ATTENTION_DEQUANTIZE_SDPA else limit
             assert relative_error(kernel.impl(*args), p @ v.double()) < limit, kernel.name
 
 
