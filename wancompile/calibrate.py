@@ -204,8 +204,9 @@ class Calibration:
         kind = lines.KINDS.index(label)
         halves = [lines.line_of(half, kind, index, self._labels) for half in range(lines.HALVES)]
         line = min(halves, key=self._tally.__getitem__)
-        self._state[LINE].fill_(line)
-        self._state[RANGE].fill_(index)
+        for name, at in ((LINE, line), (RANGE, index)):
+            if name in self._state:  # not every program has operands of both kinds to observe
+                self._state[name].fill_(at)
         return line
 
     def _count(self, line: int, step: float | None) -> None:
