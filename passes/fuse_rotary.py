@@ -51,7 +51,7 @@ class FuseRotary:
         angles = _Angles(draft)
         for node in match.nodes_of(draft.graph, ops.quantize_per_head.default):
             rotated, shift = unshifted(match.args(node)[0])
-            found = rotation_behind(rotated)
+            found = _fixed_rotation(rotated)
             if isinstance(found, Rotation):
                 _fuse_rounding(draft, node, _operands(found, angles, node), shift)
             else:
@@ -77,7 +77,15 @@ def _compared(draft: Draft) -> Iterator[tuple[Node, Node]]:
 def _float_rotation(value: Node) -> Rotation | str:
     if match.val(value).dtype == torch.float64:
         return "it is rotated in float64, and the op computes in float32"
-    return rotation_behind(value)
+    return _fixed_rotation(value)
+
+
+def _fixed_rotation(value: Node) -> Rotation | str:
+    """Return the rotation behind `value` if its table is as wide in every call."""
+    found = rotation_behind(value)
+    if isinstance(found, Rotation) and not isinstance(match.shape(found.cos)[-1], int):
+        return "the width of its table may change from call to call"
+    return found
 
 
 def _fuse_rounding(draft: Draft, node: Node, operands: tuple[Any, ...], shift: Node | None) -> None:
