@@ -23,12 +23,12 @@ from wancompile.ir import match
 from wancompile.ir.edit import Draft
 from wancompile.ir.levels import Level
 from wancompile.ir.site import Attention, Site
-from wancompile.quant.lines import PER_RANGE
+from wancompile.quant.lines import HALVES, PER_RANGE
 
 ops = torch.ops.wancompile
 
 # Which line the channel observers write to in a call, and which the observers of heads.
-LINE, RANGE = "observers.line", "observers.range"
+LINE, HEAD_LINE = "observers.line", "observers.head_line"
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class Observe:
     def _observe_heads(self, draft: Draft, attention: Attention, node: Node) -> None:
         for operand, value in zip("qkv", match.args(node)[:3], strict=True):
             x = match.val(value)
-            shape = (self.labels, x.shape[1], x.shape[3])
+            shape = (self.labels * HALVES, x.shape[1], x.shape[3])
             stored = [
                 draft.store(
                     buffer_name(attention.site, f"{operand}.{part}"),
@@ -90,8 +90,8 @@ class Observe:
                 )
                 for part, start in (("low", torch.inf), ("high", -torch.inf))
             ]
-            place = _scalar(draft, RANGE, x.device, node)
-            draft.call(ops.observe_heads.default, value, *stored, place, before=node, like=node)
+            line = _scalar(draft, HEAD_LINE, x.device, node)
+            draft.call(ops.observe_heads.default, value, *stored, line, before=node, like=node)
         draft.did(attention.site, "q, k, v observed")
 
 

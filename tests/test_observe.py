@@ -13,7 +13,7 @@ from wancompile.ir import match
 from wancompile.ir.levels import Level
 from wancompile.ir.site import Role
 from wancompile.passes import NORMALIZE
-from wancompile.passes.observe import LINE, RANGE, Observe, buffer_name
+from wancompile.passes.observe import HEAD_LINE, LINE, Observe, buffer_name
 
 X = torch.randn(2, 12, 8)
 WEIGHTS = {name: torch.randn(8, 8) / 8**0.5 for name in ("wq", "wk", "wv", "wo")}
@@ -88,7 +88,7 @@ def test_the_program_before_has_no_buffers():
     after = run_pass(before, Observe())
     after(x=X)
     assert set(before.state) == names
-    assert {name for name in after.state if name not in names} >= {LINE, RANGE}
+    assert {name for name in after.state if name not in names} >= {LINE, HEAD_LINE}
 
 
 def test_only_self_attention_has_head_observers():

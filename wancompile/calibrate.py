@@ -13,7 +13,7 @@ from wancompile.digest import of_state
 from wancompile.errors import CalibrationError
 from wancompile.ir import match
 from wancompile.ir.site import Site
-from wancompile.passes.observe import LINE, RANGE, Observe, buffer_name
+from wancompile.passes.observe import HEAD_LINE, LINE, Observe, buffer_name
 from wancompile.program import Program
 from wancompile.quant import lines
 from wancompile.quant.stats import ChannelStats, HeadStats, Stats
@@ -202,12 +202,11 @@ class Calibration:
         share = (step or 0.0) / _TIMESTEPS
         index = min(self._labels - 1, max(0, int(share * self._labels)))
         kind = lines.KINDS.index(label)
-        halves = [lines.line_of(half, kind, index, self._labels) for half in range(lines.HALVES)]
-        line = min(halves, key=self._tally.__getitem__)
-        for name, at in ((LINE, line), (RANGE, index)):
-            if name in self._state:  # not every program has operands of both kinds to observe
-                self._state[name].fill_(at)
-        return line
+        both = [lines.line_of(half, kind, index, self._labels) for half in range(lines.HALVES)]
+        half = lines.half_of(sum(self._tally[line] for line in both))
+        self._state[LINE].fill_(both[half])
+        self._state[HEAD_LINE].fill_(half * self._labels + index)
+        return both[half]
 
     def _count(self, line: int, step: float | None) -> None:
         self._calls += 1

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from wancompile.errors import CalibrationError
 from wancompile.ir.site import Site
-from wancompile.quant import lines
+from wancompile.quant import lines, stability
+from wancompile.quant.stability import Stability
 
 FORMAT = "wancompile-stats-3"
 
@@ -59,9 +60,9 @@ class ChannelStats:
 
 @dataclass(frozen=True, eq=False)
 class HeadStats:
-    """The range of one attention operand `[B, H, S, D]`, over L ranges of timesteps.
+    """The range of one attention operand `[B, H, S, D]`, on M lines; see `quant/lines.py`.
 
-    `low` and `high`, both `[L, H, D]` fp32: smallest and largest value per channel; +infinity and
+    `low` and `high`, both `[M, H, D]` fp32: smallest and largest value per channel; +infinity and
     -infinity where nothing was seen.
     """
 
@@ -117,6 +118,10 @@ class Stats:
         ranges, kind = len(self.edges) - 1, lines.KINDS.index(label)
         starts = (lines.line_of(half, kind, 0, ranges) for half in range(lines.HALVES))
         return sum(sum(self.tally[start : start + ranges]) for start in starts)
+
+    def stability(self) -> Stability:
+        """Return how much two halves of the calls differ, and whether there were enough."""
+        return stability.of(self)
 
     def merge(self, other: Stats) -> Stats:
         """Return the statistics of both runs together.
