@@ -201,7 +201,8 @@ def _own_error(q: Tensor, k: Tensor, operands: tuple[Any, ...], result: Tensor) 
     """Return the relative L2 error of an attention on a sample of its queries, and all keys."""
     v, scale = operands[2], operands[6]
     chosen = _chosen(q)
-    exact = (x.to(torch.float32) for x in (q[:, :, chosen], k, v))  # centred keys are wider than q
-    expected = F.scaled_dot_product_attention(*exact, scale=scale)
+    # Centred keys are wider than q.
+    q_wide, k_wide, v_wide = (x.to(torch.float32) for x in (q[:, :, chosen], k, v))
+    expected = F.scaled_dot_product_attention(q_wide, k_wide, v_wide, scale=scale)
     difference = result[:, :, chosen].double() - expected.double()
     return float(difference.norm() / expected.double().norm().clamp_min(1e-30))
