@@ -200,6 +200,17 @@ def test_what_is_healthy_passes_and_the_report_says_so(wan, int8, data):
     assert groups | attentions <= sites  # at QUANTIZED every linear still has its output
 
 
+def test_a_model_in_bf16_passes():
+    """Centred keys are in fp32 there, queries are not."""
+    model, kwargs = zoo.make("t2v", 1, dtype=torch.bfloat16)
+    result = wancompile.compile(model, [kwargs], "int8-attention")
+    check = result.report.gate.check
+    assert "k_middle" in " ".join(result.program.state)
+    assert check.passed
+    assert 0.005 < check.own["blocks.0.attn1:attention"] < 0.05
+    assert 0.002 < check.outputs[0].relative < 0.05
+
+
 def test_figures_survive_json(int8):
     gate = int8.report.gate
     assert facts.from_data(Gate, facts.to_data(gate)) == gate
