@@ -117,15 +117,16 @@ def _torchao(name: str, **options: Any) -> Make:
     """Return a column by a config of torchao; options are names of classes in the same module."""
 
     def make(subject: Subject) -> Any:
-        if subject.model.device.type != "cuda":
-            raise Unavailable("torchao's 8-bit products are for GPUs")
+        is_fp8 = name.startswith("Float8")
+        if is_fp8 and subject.model.device.type != "cuda":
+            raise Unavailable("torchao's fp8 products are for GPUs")
         try:
             from torchao import quantization
         except ImportError as error:
             raise Unavailable(f"torchao is not installed: {error}") from error
         given = {key: getattr(quantization, value)() for key, value in options.items()}
         model = subject.copy()
-        if model.dtype == torch.float32:
+        if is_fp8 and model.dtype == torch.float32:
             _put_linears_in_bf16(model)
         quantization.quantize_(model, getattr(quantization, name)(**given), _in_a_block)
         return model
@@ -138,7 +139,7 @@ def _in_a_block(module: nn.Module, name: str) -> bool:
 
 
 class _InBf16(nn.Module):
-    """A linear of a float32 model, in bf16: other types torchao's products by row do not take."""
+    """A linear of a float32 model, in bf16: no other type do torchao's fp8 products by row take."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
@@ -161,8 +162,11 @@ def _modelopt(config: str, algorithm: Mapping[str, Any] | None = None) -> Make:
     def make(subject: Subject) -> Any:
         try:
             import modelopt.torch.quantization as mtq
+            from modelopt.torch.quantization import extensions
         except ImportError as error:
             raise Unavailable(f"ModelOpt is not installed: {error}") from error
+        # To compile its CUDA kernels takes a minute; without, it rounds alike in plain PyTorch.
+        extensions.get_cuda_ext.extension = extensions.get_cuda_ext_fp8.extension = None
         model = subject.copy()
         settings = copy.deepcopy(getattr(mtq, config))
         settings["quant_cfg"] += [
