@@ -25,9 +25,13 @@ from wancompile.quant import lines
 if TYPE_CHECKING:
     from wancompile.quant.stats import Stats
 
-MEDIAN_LIMIT, TAIL_LIMIT = 1.1, 1.25
-"""How far the median of scales, and all but one in a hundred of them, may move between halves of
-samples called enough. A single channel may move further: there are always some that hardly live."""
+MEDIAN_LIMIT = 1.1
+"""How far the median of scales may move between halves of samples called enough."""
+
+SMOOTH_LIMIT, STATIC_LIMIT = 2.0, 1.25
+"""How far all but one in a hundred scales may move. A smooth scale that is wrong by two costs its
+channel one bit of eight, since tokens have scales of their own; what goes beyond a static scale is
+cut off. Single channels move further in every model: there are always some that hardly live."""
 
 _TAIL = 0.99
 
@@ -38,7 +42,8 @@ class Moved:
 
     `amax_*` are of the largest values, `scale_*` of the scales made from them: the smooth scale at
     alpha = 0.5 of what linears read, the scale of a head of attention. One in a hundred moves by
-    more than `scale_tail`. `sites` counts the observed values, 0 where both halves saw none.
+    more than `scale_tail`, which is to stay within `limit`. `sites` counts the observed values, 0
+    where both halves saw none.
     """
 
     name: str
@@ -48,11 +53,12 @@ class Moved:
     scale_median: float = 1.0
     scale_tail: float = 1.0
     scale_worst: float = 1.0
+    limit: float = SMOOTH_LIMIT
 
     @property
     def is_stable(self) -> bool:
         """Whether typical scales hardly moved, and few far."""
-        return self.scale_median <= MEDIAN_LIMIT and self.scale_tail <= TAIL_LIMIT
+        return self.scale_median <= MEDIAN_LIMIT and self.scale_tail <= self.limit
 
 
 @dataclass(frozen=True)
@@ -177,13 +183,22 @@ def _heads(stats: Stats, ranges: int) -> Iterator[_Halves]:
 
 
 def _moved(name: str, watched: Iterable[_Halves], chosen: Tensor) -> Moved:
-    found = [pair for one in watched if (pair := one.ratios(chosen)) is not None]
+    halves = list(watched)
+    found = [pair for one in halves if (pair := one.ratios(chosen)) is not None]
     if not found:
         return Moved(name, 0)
     amax, scale = (torch.cat(parts) for parts in zip(*found, strict=True))
     tail = scale.sort().values[min(len(scale) - 1, int(_TAIL * len(scale)))]
-    figures = amax.median(), amax.max(), scale.median(), tail, scale.max()
-    return Moved(name, len(found), *map(float, figures))
+    return Moved(
+        name,
+        len(found),
+        amax_median=float(amax.median()),
+        amax_worst=float(amax.max()),
+        scale_median=float(scale.median()),
+        scale_tail=float(tail),
+        scale_worst=float(scale.max()),
+        limit=STATIC_LIMIT if all(one.is_scale for one in halves) else SMOOTH_LIMIT,
+    )
 
 
 def _row(one: Moved) -> list[str]:
