@@ -204,8 +204,9 @@ class Calibration:
         kind = lines.KINDS.index(label)
         both = [lines.line_of(half, kind, index, self._labels) for half in range(lines.HALVES)]
         half = lines.half_of(sum(self._tally[line] for line in both))
-        self._state[LINE].fill_(both[half])
-        self._state[HEAD_LINE].fill_(half * self._labels + index)
+        for name, line in ((LINE, both[half]), (HEAD_LINE, half * self._labels + index)):
+            if name in self._state:  # a model may have nothing of a kind to observe
+                self._state[name].fill_(line)
         return both[half]
 
     def _count(self, line: int, step: float | None) -> None:
