@@ -67,7 +67,11 @@ def quantization(
     recipe: Recipe, stats: Stats | None, device: torch.device | None = None
 ) -> tuple[Pass, ...]:
     """NORMAL -> QUANTIZED."""
-    return (QuantizeAttention(recipe, stats), QuantizeLinears(recipe, device), FoldConstants())
+    return (
+        QuantizeAttention(recipe, stats),
+        QuantizeLinears(recipe, stats, device),
+        FoldConstants(),
+    )
 
 
 # QUANTIZED -> FUSED: what a kernel can do in one pass over memory becomes one op.

@@ -10,25 +10,26 @@ before the group (a smooth scale that could not be folded) is taken up by the qu
     %b = linear(%xs, mul(Wb, s), bb)                %b = scaled_linear(%q, %s, Wb8, Wb_scale, bb)
 
 Weights are quantized one at a time, from their fp32 product with all folded scales, and the
-original is let go at once.
+original is let go at once. Where the recipe wants ranges clipped or GPTQ, the weights of a group
+are rounded together when its first linear comes; see `rounding.py`.
 """
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
 from torch.fx import Node
 
-from wancompile.errors import NumericsError
-from wancompile.ir import edit, match
+from wancompile.ir import match
 from wancompile.ir.edit import Draft
 from wancompile.ir.levels import Level
 from wancompile.ir.site import Group, Site
-from wancompile.quant.numerics import QTensor, quantize_weight
+from wancompile.passes.rounding import Rounder
+from wancompile.quant.stats import Stats
 from wancompile.recipe import QSpec, Recipe
 
 aten = torch.ops.aten
@@ -39,11 +40,12 @@ ops = torch.ops.wancompile
 class QuantizeLinears:
     """Quantize every group that the recipe names.
 
-    Weights are rounded on `device`, one at a time, or where they are; what becomes of them is where
-    they were.
+    Weights are rounded on `device`, one group at a time at most, or where they are; what becomes of
+    them is where they were. `stats` serve recipes that want more than rounding to nearest.
     """
 
     recipe: Recipe
+    stats: Stats | None = field(default=None, repr=False)
     device: torch.device | None = None
 
     name: ClassVar[str] = "quantize_linears"
@@ -54,13 +56,21 @@ class QuantizeLinears:
     def apply(self, draft: Draft) -> None:
         """Collect the linears of all groups, then rewrite them in execution order."""
         nodes = match.by_site(draft.graph)
+        rounder = Rounder(draft, self.stats, self.device)
         specs: dict[Node, QSpec] = {}
         for group in draft.groups:
-            specs.update(self._specs(draft, group, nodes))
-        shared = _Shared(draft, self.device)
+            found = dict(self._specs(draft, group, nodes))
+            specs.update(found)
+            for spec in set(found.values()):
+                rounder.expect(group, list(found), spec)
+        shared = _Shared(draft, rounder)
         position = match.position(draft.graph)
         for node in sorted(specs, key=position.__getitem__):
             shared.quantize(node, specs[node])
+        draft.groups = tuple(
+            replace(group, rounding=rounder.chosen.get(group.key, group.rounding))
+            for group in draft.groups
+        )
 
     def _specs(
         self, draft: Draft, group: Group, nodes: Mapping[Site, Node]
@@ -91,7 +101,7 @@ class _Shared:
     """
 
     draft: Draft
-    device: torch.device | None
+    rounder: Rounder
     inputs: dict[tuple[Node, str, torch.dtype], tuple[Node, Node]] = field(default_factory=dict)
     weights: dict[tuple[Node, torch.dtype], tuple[Node, Node]] = field(default_factory=dict)
 
@@ -118,23 +128,12 @@ class _Shared:
     def _weight(self, node: Node, spec: QSpec) -> tuple[Node, Node]:
         key = (match.args(node)[1], spec.torch_dtype)
         if key not in self.weights:
-            quantized = _quantized_weight(self.draft, node, spec, self.device)
+            quantized = self.rounder.weight(node, spec)
             name, home = match.stored_name(match.args(node)[1]), match.val(node).device
             data = self.draft.store(f"{name}_{spec.dtype}", quantized.data.to(home), before=node)
             scale = self.draft.store(f"{name}_scale", quantized.scale.to(home), before=node)
             self.weights[key] = data, scale
         return self.weights[key]
-
-
-def _quantized_weight(
-    draft: Draft, node: Node, spec: QSpec, device: torch.device | None
-) -> QTensor:
-    weight = edit.evaluate_constant(match.args(node)[1], draft.state, device=device)
-    try:
-        return quantize_weight(weight, spec.torch_dtype)
-    except NumericsError as error:
-        site, source = str(match.site(node)), match.source_line(node)
-        raise NumericsError(error.reason, site=site, source=source) from error
 
 
 def take_up_scale(x: Any) -> tuple[Node, Node | None]:

@@ -27,7 +27,8 @@ from wancompile.ir.levels import Level
 from wancompile.ir.site import Fold, Group, Site, Smoothing
 from wancompile.passes.choose_folds import weight_readers
 from wancompile.passes.folds import affine, modulation, value_rows
-from wancompile.quant.search import Candidate, Weights, choose
+from wancompile.quant.judge import different
+from wancompile.quant.search import Candidate, Choice, Weights, choose
 from wancompile.quant.stats import ChannelStats, Stats
 from wancompile.recipe import Recipe
 
@@ -72,38 +73,52 @@ class Smooth:
         if spec is None or group.smoothing is not None:
             return None
         members = [nodes[site] for site in group.sites]
-        stats = self._stats_of(group, members[0])
+        stats = stats_of(self.stats, group, members[0])
         weights = _weights(draft, members, self.device)
         device = weights.amax.device
         amax, tokens = stats.amax.amax(0).to(device), stats.tokens.to(device)
         choice = choose(amax, weights, tokens, spec.torch_dtype)
         if choice is None:
-            draft.skip(group.key, f"only {len(tokens)} different tokens to judge a scale by")
+            count = len(different(tokens))
+            draft.skip(group.key, f"only {count} different tokens to judge a scale by")
             return None
-        best = choice.best
-        result = Smoothing(best.alpha, best.beta, choice.error_plain, choice.error_smoothed)
-        reason = _obstacle(choice.helps, spec.smooth, members, shared)
+        reason = _obstacle(choice, spec.smooth, members, shared)
         if reason:
             draft.skip(group.key, reason, members[0])
-            return result, None
-        return result, best
+        best = choice.best
+        result = Smoothing(
+            best.alpha,
+            best.beta,
+            choice.error_plain,
+            choice.error_smoothed,
+            span_x=best.span_x,
+            span_w=best.span_w,
+            refusal=reason,
+        )
+        return result, None if reason else best
 
-    def _stats_of(self, group: Group, node: Node) -> ChannelStats:
-        stats = self.stats.channels.get(group.observer)
-        if stats is None or stats.amax.shape[-1] != match.shape(match.args(node)[0])[-1]:
-            raise CalibrationError(
-                "the statistics have nothing for this site: they are of another model",
-                site=str(group.key),
-                source=match.source_line(node),
-            )
-        return stats
+
+def stats_of(stats: Stats, group: Group, node: Node) -> ChannelStats:
+    """Return the statistics of what `group` reads; `node` is one of its linears.
+
+    Raises:
+        CalibrationError: there are none of that width.
+    """
+    found = stats.channels.get(group.observer)
+    if found is None or found.amax.shape[-1] != match.shape(match.args(node)[0])[-1]:
+        raise CalibrationError(
+            "the statistics have nothing for this site: they are of another model",
+            site=str(group.key),
+            source=match.source_line(node),
+        )
+    return found
 
 
-def _obstacle(helps: bool, allowed: bool, members: list[Node], shared: set[str]) -> str:
+def _obstacle(choice: Choice, allowed: bool, members: list[Node], shared: set[str]) -> str:
     if not allowed:
         return "the recipe does not smooth this group"
-    if not helps:
-        return "smoothing does not lower the calibrated error"
+    if not choice.helps:
+        return f"smoothing {choice.refusal}"
     if any(str(getattr(match.args(node)[1], "target", "")) in shared for node in members):
         return "a weight of the group is used more than once"
     return ""
@@ -131,14 +146,15 @@ def _apply(
     name = f"smooth.{group.key}".replace("#", "_call_")
     top = next(iter(draft.graph.nodes))
     found = best.scale.to(match.val(members[0]).device)
-    scale = draft.store(f"{name}.scale", found, before=top)
+    factor = draft.store(f"{name}.scale", found, before=top)
     inverse = draft.store(f"{name}.inverse", 1 / found, before=top)
     _divide_input(draft, group, members, inverse)
     for node in members:
-        weight = draft.scaled(match.args(node)[1], scale, before=node)
+        weight = draft.scaled(match.args(node)[1], factor, before=node)
         draft.set_args(node, (match.args(node)[0], weight, *match.args(node)[2:]))
     gain = smoothing.error_plain / max(smoothing.error_smoothed, 1e-30)
-    draft.did(group.key, f"alpha {best.alpha:g}, error / {gain:.2f}, 1/s in the {group.fold}")
+    scale = f"x {best.span_x} ^ {best.alpha:g} / w {best.span_w} ^ {best.beta:g}"
+    draft.did(group.key, f"{scale}, error / {gain:.2f}, 1/s in the {group.fold}")
     return replace(group, smoothing=replace(smoothing, inverse=str(inverse.target)))
 
 

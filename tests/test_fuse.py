@@ -20,6 +20,7 @@ from wancompile import passes, pipeline
 from wancompile.calibrate import Calibration
 from wancompile.inspect import is_under
 from wancompile.ir import text
+from wancompile.ir.site import Role
 from wancompile.pipeline import relative_error
 from wancompile.program import Program
 from wancompile.quant.stats import Stats
@@ -102,6 +103,15 @@ def expected(variant: str, block: str) -> dict[str, int]:
     }
 
 
+def image_states_are_rounded_once(program: Program) -> bool:
+    """Whether the norm that ends the image's embedder rounds for all blocks, the first in name.
+
+    It does where none of them smooths what it reads.
+    """
+    groups = [group for group in program.groups if group.role is Role.ATTN_ADD_KV]
+    return bool(groups) and not any(one.smoothing and one.smoothing.applied for one in groups)
+
+
 def blocks(variant: str) -> list[str]:
     table = zoo.expected_table(variant)
     qkv = (members[0] for role, members in table if role == "attn_qkv_proj")
@@ -115,7 +125,10 @@ def test_every_block_of_every_wan_is_fused(variant):
     for recipe in RECIPES:
         found = both.levels(recipe)
         for block in blocks(variant):
-            assert done(found.fused, block) == expected(variant, block), block
+            wanted = expected(variant, block)
+            if block == "blocks.0":
+                wanted["fuse_norm"] += image_states_are_rounded_once(found.fused)
+            assert done(found.fused, block) == wanted, block
         assert not skips(found.fused, "fuse_rotary") | skips(found.fused, "fuse_gelu")
         assert_within_rounding(found, inputs)
 

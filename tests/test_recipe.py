@@ -19,7 +19,13 @@ UP = group(Role.FFN_UP, "blocks.0.ffn.net.0.proj")
 QKV = group(Role.ATTN_QKV, *(f"blocks.10.attn1.to_{name}" for name in "qkv"))
 AGAIN = group(Role.FFN_UP, "blocks.0.ffn.net.0.proj#1")
 
-specs = st.builds(QSpec, st.sampled_from(["int8", "fp8"]), st.booleans())
+specs = st.builds(
+    QSpec,
+    st.sampled_from(["int8", "fp8"]),
+    st.booleans(),
+    st.sampled_from(["nearest", "gptq"]),
+    st.booleans(),
+)
 rules = st.builds(Rule, st.text(), st.none() | specs)
 types = st.sampled_from([None, "int8", "fp8"])
 recipes = st.builds(
@@ -41,7 +47,7 @@ def test_json_is_for_people_too():
     recipe = RECIPES["int8"].with_rules([Rule("ffn_*", None)])
     assert json.loads(recipe.to_json()) == {
         "name": "int8",
-        "linears": {"dtype": "int8", "smooth": True},
+        "linears": {"dtype": "int8", "smooth": True, "rounding": "nearest", "clip": False},
         "rules": [{"pattern": "ffn_*", "spec": None}],
         "attention": None,
         "attention_rules": [],
@@ -63,6 +69,9 @@ GOOD = json.loads(RECIPES["fp8"].to_json())
         {**GOOD, "linears": {"dtype": "int8", "bits": 8}},
         {**GOOD, "linears": "int8"},
         {**GOOD, "linears": {"dtype": "int8", "smooth": "no"}},
+        {**GOOD, "linears": {"dtype": "int8", "clip": 1}},
+        {**GOOD, "linears": {"dtype": "int8", "rounding": "up"}},
+        {**GOOD, "linears": {"dtype": "int8", "rounding": None}},
         {**GOOD, "rules": [{"pattern": "ffn_*"}]},
         {**GOOD, "rules": [{"pattern": 3, "spec": None}]},
         {**GOOD, "rules": "ffn_*"},
@@ -81,6 +90,11 @@ def test_anything_else_is_refused(data):
     text = data if data == "no json" else json.dumps(data)
     with pytest.raises(RecipeError):
         Recipe.from_json(text)
+
+
+def test_older_recipes_round_to_nearest():
+    older = {**GOOD, "linears": {"dtype": "int8", "smooth": True}}
+    assert Recipe.from_json(json.dumps(older)).linears == QSpec("int8", rounding="nearest")
 
 
 @pytest.mark.parametrize(

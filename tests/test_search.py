@@ -10,8 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from wancompile.ir.site import Span
 from wancompile.quant.numerics import FP8, INT8
-from wancompile.quant.search import Choice, Weights, choose, output_error, smooth_scale
+from wancompile.quant.search import Probe, Weights, choose, smooth_scale
 
 
 def outlier_data(sigma: float, tokens: int = 64, k: int = 32, n: int = 48):
@@ -22,6 +23,10 @@ def outlier_data(sigma: float, tokens: int = 64, k: int = 32, n: int = 48):
 
 def weights(*each):
     return Weights.of(each, sum(len(one) for one in each))
+
+
+def output_error(x, weight, dtype, scale):
+    return Probe(x, weight, dtype).losses(scale).error
 
 
 @pytest.mark.parametrize("sigma", [1.0, 1.5, 2.0])
@@ -54,16 +59,47 @@ def in_int8(x):
     return (x / step).round() * step
 
 
-def test_the_best_exponents_are_among_those_tried():
+def test_the_scale_is_made_of_the_spans_and_exponents_that_are_told():
     x, weight = outlier_data(1.5)
-    amax, weight_amax = x.abs().amax(0), weight.abs().amax(0)
-    best = choose(amax, weights(weight), x, INT8).best
-    chosen = output_error(x[0::2], weight, INT8, best.scale)
-    for alpha in (0.05, 0.25, 0.5, 0.75, 1.0):
-        for beta in (0.0, 1 - alpha):
-            other = smooth_scale(amax, weight_amax, alpha, beta)
-            assert chosen <= output_error(x[0::2], weight, INT8, other)
-    assert torch.equal(best.scale, smooth_scale(amax, weight_amax, best.alpha, best.beta))
+    best = choose(x.abs().amax(0), weights(weight), x, INT8).best
+    spans_x = {Span.AMAX: x.abs().amax(0), Span.RMS: x[0::2].square().mean(0).sqrt()}
+    spans_w = {Span.AMAX: weight.abs().amax(0), Span.RMS: weight.square().mean(0).sqrt()}
+    scale = smooth_scale(spans_x[best.span_x], spans_w[best.span_w], best.alpha, best.beta)
+    torch.testing.assert_close(best.scale, scale)
+
+
+SPANS = {
+    Span.AMAX: lambda x, dim: x.abs().amax(dim),
+    Span.RMS: lambda x, dim: x.square().mean(dim).sqrt(),
+}
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("correlated", [False, True])
+def test_no_scale_of_a_fine_grid_is_much_better(seed, correlated):
+    torch.manual_seed(seed)
+    x, weight = outlier_data(1.0, tokens=128, k=48, n=64)
+    if correlated:
+        x = x @ torch.eye(48).add(0.3 * torch.randn(48, 48))
+    best = choose(x.abs().amax(0), weights(weight), x, INT8).best
+    probe = Probe(x[0::2], weight, INT8)
+    exponents = torch.linspace(0, 1, 11).tolist()
+    fine = [
+        probe.losses(smooth_scale(of_x(x[0::2], 0), of_w(weight, 0), alpha, beta)).error
+        for of_x in SPANS.values()
+        for of_w in SPANS.values()
+        for alpha in exponents
+        for beta in exponents
+    ]
+    assert probe.losses(best.scale).error < 1.02 * min(fine)
+
+
+def test_one_loud_token_does_not_decide():
+    """A channel that is loud once says little of its size; its root mean square does."""
+    x, weight = outlier_data(1.0, tokens=256, k=32, n=64)
+    x[torch.arange(32) * 2, torch.randperm(32)] *= 30
+    best = choose(x.abs().amax(0), weights(weight), x, INT8).best
+    assert best.span_x is Span.RMS
 
 
 def test_a_scale_that_fits_only_the_tokens_that_chose_it_is_not_taken():
@@ -84,9 +120,29 @@ def test_exact_data_needs_no_scale():
     assert not choice.helps
 
 
-def test_nan_never_helps():
-    assert not Choice(None, math.nan, 0.1).helps
-    assert not Choice(None, 0.1, math.nan).helps
+def test_a_little_gain_is_refused():
+    x, weight = torch.randn(64, 32), torch.randn(48, 32)
+    x[:, 0] *= 1.5
+    choice = choose(x.abs().amax(0), weights(weight), x, FP8)
+    assert 0.95 * choice.error_plain < choice.error_smoothed
+    assert choice.refusal
+    assert not choice.helps
+
+
+@pytest.mark.parametrize("broken", [math.nan, math.inf])
+def test_broken_tokens_never_help(broken):
+    x, weight = outlier_data(1.5)
+    x[1, 3] = broken
+    assert not choose(x.abs().amax(0), weights(weight), x, INT8).helps
+
+
+def test_copies_of_a_token_do_not_judge_it():
+    """Four different tokens, each seen sixteen times: all that is known are four."""
+    x, weight = outlier_data(1.5, tokens=4)
+    choice = choose(x.abs().amax(0), weights(weight), x.repeat(16, 1), INT8)
+    expected = int8_error(x[1::2], weight)
+    assert choice.error_plain == pytest.approx(expected, rel=1e-4)
+    assert choose(x.abs().amax(0), weights(weight), x[:3].repeat(16, 1), INT8) is None
 
 
 def test_too_few_tokens_judge_nothing():
@@ -136,6 +192,7 @@ def test_weights_are_stacked_over_their_outputs():
     a, b = torch.randn(2, 5), torch.randn(3, 5)
     both = weights(a, b)
     assert torch.equal(both.amax, torch.cat([a, b]).abs().amax(0))
+    torch.testing.assert_close(both.rms, torch.cat([a, b]).square().mean(0).sqrt())
     assert torch.equal(both.rows, torch.cat([a, b]))
 
 

@@ -16,6 +16,7 @@ from wancompile.errors import RecipeError
 from wancompile.ir.site import Attention, Group, Site
 
 DTYPES: dict[str, torch.dtype] = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
+ROUNDINGS = ("nearest", "gptq")
 
 
 @dataclass(frozen=True)
@@ -23,17 +24,23 @@ class QSpec:
     """How the linears of a group are quantized.
 
     `dtype` is "int8" or "fp8" (e4m3); weights per output channel, activations per token. `smooth`
-    allows a smooth scale where calibration shows that it lowers the error.
+    allows a smooth scale, `clip` clipped ranges of output channels, and `rounding="gptq"` GPTQ in
+    the place of rounding weights to nearest, each where calibration shows that it lowers the error.
     """
 
     dtype: str
     smooth: bool = True
+    rounding: str = "nearest"
+    clip: bool = False
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
             raise RecipeError(f"unknown type {self.dtype!r}; there are {', '.join(DTYPES)}")
-        if not isinstance(self.smooth, bool):
-            raise RecipeError(f"smooth is true or false, not {self.smooth!r}")
+        if self.rounding not in ROUNDINGS:
+            raise RecipeError(f"unknown rounding {self.rounding!r}; there are nearest and gptq")
+        for name, value in (("smooth", self.smooth), ("clip", self.clip)):
+            if not isinstance(value, bool):
+                raise RecipeError(f"{name} is true or false, not {value!r}")
 
     @property
     def torch_dtype(self) -> torch.dtype:

@@ -61,13 +61,20 @@ class Fold(StrEnum):
     QUANTIZE = "quantise op"
 
 
+class Span(StrEnum):
+    """How the size of a channel is measured."""
+
+    AMAX = "amax"
+    RMS = "rms"
+
+
 @dataclass(frozen=True)
 class Smoothing:
     """What the search found for one group, on tokens it was not chosen on.
 
     `error_plain` and `error_smoothed` are relative L2 errors of the group's quantized output
-    without and with the best scale `s = amax_x ** alpha / amax_w ** beta`; `inverse` names the
-    stored 1/s where it was applied and is empty where smoothing did not lower the error.
+    without and with the best scale `s = span_x ** alpha / span_w ** beta`; `inverse` names the
+    stored 1/s where it was applied and is empty where it was not, for the reason in `refusal`.
     """
 
     alpha: float
@@ -75,6 +82,9 @@ class Smoothing:
     error_plain: float
     error_smoothed: float
     inverse: str = ""
+    span_x: Span = Span.AMAX
+    span_w: Span = Span.AMAX
+    refusal: str = ""
 
     @property
     def applied(self) -> bool:
@@ -88,6 +98,36 @@ class Smoothing:
 
 
 @dataclass(frozen=True)
+class Rounding:
+    """How the weights of one group were rounded, judged on tokens that did not choose it.
+
+    `error_nearest` is the relative L2 error of the group's quantized output, smoothed if it is,
+    with weights rounded to nearest; `error_clipped` and `error_gptq` are those with clipped scales
+    and with GPTQ on the scales kept, None where it was not tried. `ratio` is the mean of what the
+    range of an output channel was clipped to. `clipped` and `gptq` say what was kept,
+    `clip_refusal` and `gptq_refusal` why something tried was not.
+    """
+
+    error_nearest: float
+    error_clipped: float | None = None
+    error_gptq: float | None = None
+    ratio: float = 1.0
+    clipped: bool = False
+    gptq: bool = False
+    clip_refusal: str = ""
+    gptq_refusal: str = ""
+
+    @property
+    def error(self) -> float:
+        """The error of the choice that was made."""
+        if self.gptq and self.error_gptq is not None:
+            return self.error_gptq
+        if self.clipped and self.error_clipped is not None:
+            return self.error_clipped
+        return self.error_nearest
+
+
+@dataclass(frozen=True)
 class Group:
     """Linears that read one value and are therefore observed, smoothed and quantized together.
 
@@ -95,7 +135,8 @@ class Group:
     of a program is a member of exactly one group or has an entry among the program's ungrouped.
     `producer` is the first site that reads this value, and the key of its statistics: groups that
     share a producer share an observer. `fold_reason` says why `fold` is the quantise op where
-    nothing cheaper was proved. `smoothing` is None until a search has run.
+    nothing cheaper was proved. `smoothing` is None until a search has run, `rounding` where the
+    recipe asked for rounding to nearest alone.
     """
 
     role: Role
@@ -105,6 +146,7 @@ class Group:
     fold: Fold = Fold.QUANTIZE
     fold_reason: str = ""
     smoothing: Smoothing | None = None
+    rounding: Rounding | None = None
 
     @property
     def members(self) -> tuple[str, ...]:

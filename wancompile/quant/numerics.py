@@ -97,9 +97,10 @@ def quantize(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     return steps.clamp_(-limit, limit).to(dtype)
 
 
-def quantize_weight(weight: Tensor, dtype: torch.dtype) -> QTensor:
+def quantize_weight(weight: Tensor, dtype: torch.dtype, amax: Tensor | None = None) -> QTensor:
     """Quantize a weight `[N, K]` per output channel: data `[N, K]`, scale `[N, 1]`.
 
+    `amax [N, 1]` is the magnitude from which on channels saturate; by default the largest of each.
     Works row chunk by row chunk, so the fp32 temporary never exceeds 64 MiB.
 
     Raises:
@@ -107,7 +108,7 @@ def quantize_weight(weight: Tensor, dtype: torch.dtype) -> QTensor:
     """
     if weight.dim() != 2:
         raise InputError(f"a weight has two dims [N, K], not the shape {tuple(weight.shape)}")
-    scale = absmax_scale(weight, -1, dtype)
+    scale = absmax_scale(weight, -1, dtype) if amax is None else scale_of(amax, dtype)
     if not weight.is_meta and not bool(torch.isfinite(scale).all()):
         raise NumericsError("the weight holds NaN or infinity")
     data = torch.empty_like(weight, dtype=dtype, memory_format=torch.contiguous_format)
