@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 from torch.utils import _pytree as pytree
@@ -87,6 +86,8 @@ def fakes(inputs: Inputs) -> tuple[FakeTensorMode, list[torch.Tensor]]:
 
 
 def _symbolic(env: ShapeEnv, name: str, size: OpenSize) -> Any:
+    from torch._dynamo.source import ConstantSource  # late: it imports triton
+
     source = ConstantSource(name)
     symbol = env.create_symbol(size.example, source, dynamic_dim=DimDynamic.DYNAMIC)
     open_size = env.create_symintnode(symbol, hint=size.example, source=source)
