@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import math
 import multiprocessing
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -63,11 +64,19 @@ class Reference:
         self._classifier = Classifier()
 
     def compare(self, model: Any) -> dict[str, Any]:
-        """Return the figures of one column, each with its value for every video."""
+        """Return the figures of one column, each with its value for every video.
+
+        Raises:
+            ValueError: the model yields NaN, or the original videos bit by bit; JSON has neither
+                NaN nor an infinite PSNR.
+        """
         found = {"one_step": accuracy_table.spread("one_step", self._one_step(model))}
         videos = in_batches(model, self.asked, self.batch)
         for name, measure in _MEASURES.items():
             found[name] = accuracy_table.spread(name, measure(videos, self.videos))
+        broken = [name for name, figure in found.items() if not math.isfinite(figure["mean"])]
+        if broken:
+            raise ValueError(f"{', '.join(broken)}: not finite, for NaN or for being the original")
         return {**found, **self.named(videos)}
 
     def named(self, videos: Tensor) -> dict[str, Any]:

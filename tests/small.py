@@ -64,7 +64,7 @@ def normal(fn: Callable[..., Any], x: Tensor = X, **weights: Tensor) -> Program:
 
 def quantized(program: Program, recipe: Recipe, stats: Stats | None = None) -> Program:
     """Quantize a NORMAL program."""
-    return pipeline.run(program, [QuantizeAttention(recipe, stats), QuantizeLinears(recipe)])
+    return pipeline.run(program, [QuantizeAttention(recipe, stats), QuantizeLinears(recipe, stats)])
 
 
 def fused(program: Program) -> Program:

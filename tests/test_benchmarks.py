@@ -166,15 +166,29 @@ def test_a_column_that_fails_stops_no_other(one_block, tmp_path, capsys, monkeyp
     def broken(subject):
         raise RuntimeError("dimensions of 64 are not for me\nand more")
 
-    columns = (Column("peer", "a peer", broken), Column("float", "not quantized", in_fp64))
+    columns = (
+        Column("peer", "a peer", broken),
+        Column("black", "black videos", all_nan),
+        Column("float", "not quantized", in_fp64),
+    )
     monkeypatch.setattr(accuracy, "COLUMNS", columns)
     monkeypatch.setattr(accuracy_table, "COLUMNS", columns)
+    names = [column.name for column in columns]
     with pytest.raises(SystemExit):
-        accuracy.main(["t2v", *FEW, "--kinds", "plain", "--out", str(tmp_path)])
+        accuracy.main(
+            ["t2v", *FEW, "--kinds", "plain", "--columns", *names, "--out", str(tmp_path)]
+        )
     found = results(tmp_path, "accuracy-t2v-plain")["results"]["columns"]
     assert found["peer"]["failed"] == "RuntimeError: dimensions of 64 are not for me\nand more"
+    assert found["black"]["failed"].startswith("ValueError: one_step, psnr, ssim, temporal: not")
     assert found["float"]["psnr"]["worst"] > 90
     assert "failed: RuntimeError: dimensions of 64 are not for me" in capsys.readouterr().out
+
+
+def all_nan(subject):
+    model = subject.copy()
+    model.proj_out.weight.data.fill_(torch.nan)
+    return model
 
 
 def in_fp64(subject):
