@@ -90,14 +90,25 @@ def test_int8_is_nearer_than_fp8() -> None:
 
 
 @pytest.mark.parametrize("name", checkpoints.NAMES)
-def test_smoothing_lowers_the_error_of_every_role(name: checkpoints.Name) -> None:
-    roles = compiled(name, "int8").report.roles
+def test_smoothing_lowers_the_error_of_every_role_but_of_a_few_words(
+    name: checkpoints.Name,
+) -> None:
+    report = compiled(name, "int8").report
+    roles = report.roles
     assert {str(one.role) for one in roles} >= {"attn_qkv_proj", "attn_q_proj", "attn_kv_proj"}
     assert ("attn_add_kv_proj" in {str(one.role) for one in roles}) == (name == "i2v")
     for one in roles:
         assert one.error_smoothed is not None
         assert one.error_plain is not None
-        assert one.error_smoothed < one.error_plain
+        if one.smoothed:
+            assert one.error_smoothed < one.error_plain
+    # Prompts for ten digits have so few words that what suits some of them does not suit others.
+    left = {str(one.role) for one in roles if not one.smoothed}
+    assert left <= {"attn_kv_proj"}
+    refusals = [
+        g.smoothing.refusal for g in report.groups if g.smoothing and not g.smoothing.applied
+    ]
+    assert all("the calibrated error" in refusal for refusal in refusals)
 
 
 def test_the_original_is_as_it_was() -> None:

@@ -155,6 +155,7 @@ def compile(
         choice = choose_recipe(chosen, program, evidence, stats, device=where, progress=progress)
         chosen = choice.recipe
     chosen.check(program.groups, program.attentions)
+    gc.collect()  # the observed program is tied in cycles, and as large as the statistics
     bytes_before = program.nbytes
     probe = pipeline.Probe(call, where)
     rounds = Rounds(chosen, stats, limits, evidence, probe, where, dump)
