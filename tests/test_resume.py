@@ -15,7 +15,7 @@ from test_smooth import normal, stream
 
 import wancompile
 from wancompile.calibrate import Calibration
-from wancompile.errors import CalibrationError
+from wancompile.errors import CalibrationError, InputError
 from wancompile.quant.stats import Stats
 from wancompile.resume import Resumable
 
@@ -247,6 +247,39 @@ def test_a_callable_is_played_again_and_counted_once(tmp_path):
     assert same(resumed, Stats.load(path))
     assert torch.equal(torch.stack(outputs[:2]), torch.stack(outputs[2:4]))
     assert torch.equal(torch.stack(outputs[2:5]), torch.stack(outputs[5:]))
+
+
+def test_compiling_goes_on_where_it_was_stopped(tmp_path):
+    """Of five calls the fourth is held back: it is in no file, and runs again."""
+    model, kwargs = zoo.make("t2v", 1)
+    steps = [{**kwargs, "timestep": torch.full((2,), one)} for one in (900.0, 700.0, 500.0, 300.0)]
+    steps.append(kwargs)
+    path = tmp_path / "file"
+
+    def play(until=None):
+        for index, call in enumerate(steps):
+            if index == until:
+                raise KeyboardInterrupt
+            model(**call)
+
+    def compiled(data):
+        return wancompile.compile(model, data, "int8-attention", checkpoint=path)
+
+    with pytest.raises(KeyboardInterrupt):
+        compiled(lambda: play(4))
+    assert Stats.load(path).calls == 3
+    resumed = compiled(play)
+    assert Stats.load(path).calls == 4
+    whole = wancompile.compile(model, play, "int8-attention")
+    assert resumed.report.gate == whole.report.gate
+    assert resumed.report.gate.check.held_out
+    assert resumed._fused.state.keys() == whole._fused.state.keys()
+    for name, tensor in whole._fused.state.items():
+        assert torch.equal(tensor, resumed._fused.state[name]), name
+    with pytest.raises(CalibrationError, match="made with held_back = True, not False"):
+        wancompile.calibrate(model, play, checkpoint=path)
+    with pytest.raises(InputError, match="a checkpoint is one of calibration"):
+        wancompile.compile(model, example_inputs=kwargs, checkpoint=path)
 
 
 SCRIPT = """

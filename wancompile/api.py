@@ -103,6 +103,7 @@ def compile(
     consume: bool = False,
     device: torch.device | str | None = None,
     limits: Limits | None = DEFAULT,
+    checkpoint: str | Path | None = None,
     progress: bool = False,
     dump: Path | None = None,
 ) -> CompiledModel:
@@ -130,6 +131,8 @@ def compile(
         device: where calibration, the search for smooth scales and rounding compute. Weights that
             are elsewhere come and go, a gigabyte at a time; the result is where `model` was.
         limits: what the result is held to; None compares nothing.
+        checkpoint: a file for calibration to go on from, as for `calibrate`. Calls that are kept
+            from calibration are not in it and run again, so one that `calibrate` made is refused.
         progress: show progress bars.
         dump: a folder for the text of every level and the diff of every pass.
 
@@ -148,7 +151,15 @@ def compile(
     where = _device(device)
     gated = limits is not None or isinstance(chosen, Auto)
     program, call, stats, evidence = _prepare(
-        model, calib_data, stats, example_inputs, where, gated, progress=progress, dump=dump
+        model,
+        calib_data,
+        stats,
+        example_inputs,
+        where,
+        gated,
+        checkpoint=None if checkpoint is None else Path(checkpoint),
+        progress=progress,
+        dump=dump,
     )
     choice = None
     if isinstance(chosen, Auto):
@@ -189,6 +200,7 @@ def _prepare(
     device: torch.device | None,
     gated: bool,
     *,
+    checkpoint: Path | None,
     progress: bool,
     dump: Path | None,
 ) -> tuple[Program, Call, Stats | None, Evidence | None]:
@@ -199,9 +211,11 @@ def _prepare(
     if calib_data is not None:
         if stats is not None:
             raise InputError("give calib_data or stats, not both")
-        started = _Started(model, calib_data, device, None, dump, gated=gated)
+        started = _Started(model, calib_data, device, checkpoint, dump, gated=gated)
         found = started.drive(progress=progress)
         return started.program, started.first_call, found, started.evidence()
+    if checkpoint is not None:
+        raise InputError("a checkpoint is one of calibration, which needs calib_data")
     if example_inputs is None:
         raise InputError("without calib_data, example_inputs must show one call of the model")
     call = _beside(model, _named(model, example_inputs))
@@ -258,10 +272,12 @@ class _Started:
         observe: Run = self._calibration.observe
         if path is not None:
             live = callable(self._data)
-            self._resumable = Resumable(self._calibration, path, self._options, live=live)
+            # Which calls count depends on it, too.
+            options = {"held_back": self._gated, **self._options}
+            self._resumable = Resumable(self._calibration, path, options, live=live)
             observe = self._resumable
         if self._gated:
-            observe = self._held = HoldBack(self._calibration, self.program, device)
+            observe = self._held = HoldBack(self._calibration, self.program, device, observe)
         return lambda call, label: observe(_beside(self._model, call), label)
 
     def evidence(self) -> Evidence | None:

@@ -13,6 +13,7 @@ from wancompile.errors import CalibrationError
 from wancompile.gate.record import Record, on_device, take
 from wancompile.ir import match
 from wancompile.program import Program
+from wancompile.samples import Run
 
 # Every ninth call from the fourth on, four at most. Guided sampling calls a model in pairs, with
 # and without the prompt: an odd distance takes both in turn, and walks through the timesteps.
@@ -49,15 +50,21 @@ _HOST = torch.device("cpu")
 
 
 class HoldBack:
-    """Passes calls on to an observer, but for a few: those run too, and are kept."""
+    """Passes calls on to an observer, but for a few: those run too, and are kept.
+
+    `observe` takes the others, a `Resumable` of the calibration for one; `calibration` itself if
+    not given.
+    """
 
     def __init__(
         self,
         calibration: Calibration,
         original: Program,
         device: torch.device | None = None,
+        observe: Run | None = None,
     ) -> None:
         self._calibration = calibration
+        self._observe: Run = observe or calibration.observe
         self._original = original
         self._device = device
         self._seen = 0
@@ -72,7 +79,7 @@ class HoldBack:
         """
         index, self._seen = self._seen, self._seen + 1
         if not self._holds(index):
-            return self._calibration.observe(call, label)
+            return self._observe(call, label)
         # Whoever made the call may write to its tensors afterwards.
         kept = on_device(call, _HOST, copy=True)
         output, record = take(self._original, call, device=self._device)
