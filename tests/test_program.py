@@ -8,7 +8,7 @@ from torch import nn
 
 from wancompile.errors import InputError
 from wancompile.export import export
-from wancompile.ir import edit, match
+from wancompile.ir import edit
 from wancompile.ir.site import Site
 from wancompile.pipeline import relative_error
 from wancompile.program import nest
@@ -133,3 +133,16 @@ def test_state_becomes_a_tree_of_buffers():
     root = nest({"a.b.weight": torch.ones(2), "a.c": torch.zeros(1), "d": torch.ones(3)})
     assert dict(root.named_buffers()).keys() == {"a.b.weight", "a.c", "d"}
     assert not list(root.parameters())
+
+
+def test_values_move_with_the_graph_and_the_original_stays(program):
+    """What a pass stores later goes where the values are that it will meet."""
+
+    def places(graph: torch.fx.Graph) -> set[str]:
+        values = (node.meta.get("val") for node in graph.nodes)
+        return {one.device.type for one in values if isinstance(one, torch.Tensor)}
+
+    graph = edit.copy_graph(program.graph)
+    edit.retarget(graph, torch.device("cuda"))
+    assert places(graph) == {"cuda"}
+    assert places(program.graph) == {"cpu"}

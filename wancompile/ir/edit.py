@@ -11,9 +11,11 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import Graph, Node, map_arg
+from torch.utils import _pytree as pytree
 
 from wancompile.ir import match
 from wancompile.ir.site import Attention, Group, Site, Ungrouped
+from wancompile.signature import Signature
 
 # What a new node inherits from the one it replaces: where in the model it comes from.
 _ORIGIN_KEYS = ("nn_module_stack", "stack_trace", "site")
@@ -34,7 +36,8 @@ class Draft:
 
     Invariants: every node the draft creates carries its fake value in `meta["val"]` and the origin
     of the node it stands for; stored tensors are never written in place, a change of value is a
-    new tensor in `state`.
+    new tensor in `state`. A pass that changes what the graph takes or returns says so in
+    `signature`; None leaves that of the program.
     """
 
     graph: Graph
@@ -42,6 +45,7 @@ class Draft:
     groups: tuple[Group, ...] = ()
     ungrouped: tuple[Ungrouped, ...] = ()
     attentions: tuple[Attention, ...] = ()
+    signature: Signature | None = None
     done: list[Note] = field(default_factory=list)
     skipped: list[Note] = field(default_factory=list)
     _mode: FakeTensorMode | None = None
@@ -86,6 +90,12 @@ class Draft:
             node = self.graph.create_node("get_attr", name)
         node.meta["val"] = self._fake(self.state[name])
         return node
+
+    def keep(self, name: str, tensor: torch.Tensor) -> str:
+        """Store `tensor` under `name` (made unique) for a group to name it, and return the name."""
+        name = self._unique(name)
+        self.state[name] = tensor
+        return name
 
     def forget(self, name: str) -> None:
         """Drop the stored tensor `name`, which no node reads any more."""
@@ -142,6 +152,22 @@ class Draft:
         self.replace(old, new)
         return new
 
+    def take(self, name: str, like: Node) -> Node:
+        """Add an input behind the others, which has the type and the shape of `like`."""
+        first = next(node for node in self.graph.nodes if node.op != "placeholder")
+        with self.graph.inserting_before(first):
+            node = self.graph.placeholder(name)
+        node.meta["val"] = like.meta["val"]
+        return node
+
+    def drop_input(self, node: Node) -> None:
+        """Erase an input, which no node reads any more."""
+        self.graph.erase_node(node)
+
+    def give(self, values: Sequence[Node]) -> None:
+        """Let the graph return `values`, and nothing else."""
+        self.graph.output_node().args = (list(values),)
+
     def redirect(self, reader: Node, old: Node, new: Node) -> None:
         """Let `reader` read `new` where it read `old`."""
         reader.replace_input_with(old, new)
@@ -172,9 +198,15 @@ class Draft:
                     heapq.heappush(ready, (order[user], user))
 
     def erase_dead(self) -> None:
-        """Erase nodes nobody reads (calls that write to a tensor stay), and unread state."""
-        self.graph.eliminate_dead_code()
+        """Erase nodes nobody reads (calls that write to a tensor stay), and unread state.
+
+        Factors that a group says its weights were multiplied by stay.
+        """
+        # Random numbers are no reason to stay: torch counts attention among what draws them.
+        self.graph.eliminate_dead_code(lambda node: node.is_impure(impure_random=False))
         read = {node.target for node in self.graph.nodes if node.op == "get_attr"}
+        for weight in (one for group in self.groups for one in group.weights):
+            read |= {weight.inputs, weight.outputs}
         for name in [name for name in self.state if name not in read]:
             del self.state[name]
 
@@ -261,8 +293,16 @@ def move(draft: Draft, device: torch.device) -> None:
 
 
 def retarget(graph: Graph, device: torch.device) -> None:
-    """Let the ops that name a device name `device`."""
+    """Let the ops that name a device name `device`, and all values be there."""
+
+    def moved(value: Any) -> Any:
+        if not isinstance(value, FakeTensor):
+            return value
+        return torch.ops.aten._to_copy.default(value, device=device)  # `to` would initialize CUDA
+
     for node in graph.nodes:
+        if "val" in node.meta and device.type != "meta":  # where fake tensors cannot be
+            node.meta["val"] = pytree.tree_map(moved, node.meta["val"])
         if isinstance(node.kwargs.get("device"), torch.device):
             node.kwargs = {**node.kwargs, "device": device}
         if any(isinstance(arg, torch.device) for arg in node.args):
