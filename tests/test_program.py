@@ -8,7 +8,7 @@ from torch import nn
 
 from wancompile.errors import InputError
 from wancompile.export import export
-from wancompile.ir import edit
+from wancompile.ir import edit, match
 from wancompile.ir.site import Site
 from wancompile.pipeline import relative_error
 from wancompile.program import nest
