@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind
 from torch.fx import Graph, Node
-from torch.utils import _pytree as pytree
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
+from wancompile import sizes
 from wancompile.errors import ExportError, InputError, NumericsError
 from wancompile.ir import edit, match
 from wancompile.ir.levels import Level
@@ -21,16 +23,10 @@ from wancompile.signature import InputSpec, Signature, flatten, name_arguments, 
 
 Call = Mapping[str, Any]
 
-# Without a hint from the samples, these dimensions are taken to change from call to call, by the
-# rank of the tensor: [batch, channels, frames, height, width], [batch, tokens, channels], and
-# timesteps [batch] or [batch, tokens].
-_DYNAMIC_DIMS: Mapping[int, tuple[int, ...]] = {
-    5: (0, 2, 3, 4),
-    4: (0,),
-    3: (0,),
-    2: (0, 1),
-    1: (0,),
-}
+# Parts of the paths of files that are not the model's.
+_LIBRARY = ("/torch/", "/wancompile/", "contextlib")
+# Where torch cannot go on because it would have to know the numbers in a tensor.
+_BY_VALUE = (GuardOnDataDependentSymNode, DataDependentOutputException, DynamicOutputShapeException)
 
 
 def export(
@@ -55,17 +51,28 @@ def export(
     """
     arguments = [_arguments(model, call) for call in calls]
     _check_alike(arguments)
-    dims = _dynamic_dims(arguments) if dynamic else {}
-    example = _without_ones(arguments[0], dims)
+    dims = sizes.dynamic_dims(arguments) if dynamic else {}
     training = {module: module.training for module in model.modules()}
     model.eval()
     try:
         with torch.no_grad():
-            exported = _export(model, example, dims)
+            return _captured(model, arguments[0], dims)
     finally:
         for module, flag in training.items():
             module.training = flag
-    return _program(exported, model, example, dims)
+
+
+def _captured(model: torch.nn.Module, call: Call, dims: sizes.Dims) -> Program:
+    """Capture with the first reading of the example that the model takes."""
+    failures: list[ExportError] = []
+    for example, opened in sizes.examples(call, dims):
+        try:
+            exported = _export(model, example, opened)
+        except ExportError as error:
+            failures.append(error)
+        else:
+            return _program(exported, model, example, opened)
+    raise failures[0]
 
 
 def _arguments(model: torch.nn.Module, call: Call) -> dict[str, Any]:
@@ -81,10 +88,10 @@ def _arguments(model: torch.nn.Module, call: Call) -> dict[str, Any]:
 
 
 def _check_alike(arguments: Sequence[Mapping[str, Any]]) -> None:
-    first = _tensors(arguments[0])
+    first = sizes.tensors(arguments[0])
     if not first:
         raise InputError("the example inputs hold no tensor")
-    for index, other in enumerate(map(_tensors, arguments[1:]), start=1):
+    for index, other in enumerate(map(sizes.tensors, arguments[1:]), start=1):
         odd = sorted(first.keys() ^ other.keys())
         if odd:
             absent = "leaves out" if odd[0] in first else "adds"
@@ -97,74 +104,13 @@ def _check_alike(arguments: Sequence[Mapping[str, Any]]) -> None:
                 )
 
 
-def _tensors(arguments: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    leaves = flatten(arguments)
-    return {name: leaf for name, leaf in leaves.items() if isinstance(leaf, torch.Tensor)}
-
-
-def _dynamic_dims(arguments: Sequence[Mapping[str, Any]]) -> dict[str, set[int]]:
-    samples = [_tensors(one) for one in arguments]
-    batch = max(samples[0].values(), key=torch.Tensor.dim).shape[0]
-    dims = {}
-    for name, tensor in samples[0].items():
-        expected = set(_DYNAMIC_DIMS.get(tensor.dim(), ()))
-        # A short tensor of another length than the batch holds settings, not one entry per video.
-        if tensor.dim() <= 2 and expected and tensor.shape[0] != batch:
-            expected = set()
-        varying = {
-            dim
-            for dim in range(tensor.dim())
-            if len({sample[name].shape[dim] for sample in samples}) > 1
-        }
-        dims[name] = expected | varying
-    return dims
-
-
-def _without_ones(arguments: Mapping[str, Any], dims: Mapping[str, set[int]]) -> dict[str, Any]:
-    """Double the dynamic dimensions of the example where one of them is 1.
-
-    torch.export takes a size of 1 for a fact about the model, and so it does with a height or width
-    of one patch. Doubling the same dimension of every tensor that has it keeps the sizes that
-    belong together in step.
-    """
-    video = {name: t for name, t in _tensors(arguments).items() if dims.get(name)}
-    factors = dict.fromkeys(range(5), 1)
-    for name, tensor in video.items():
-        for dim in dims[name]:
-            one = 2 if dim in (3, 4) else 1
-            if tensor.shape[dim] <= one and (dim == 0 or tensor.dim() == 5):
-                factors[dim] = 2
-    tokens = factors[2] * factors[3] * factors[4]
-
-    def widen(name: str, leaf: Any) -> Any:
-        if name not in video:
-            return leaf
-        repeats = [factors[0]] + [1] * (leaf.dim() - 1)
-        if leaf.dim() == 5:
-            repeats[2:] = [factors[2], factors[3], factors[4]]
-        elif leaf.dim() == 2:
-            repeats[1] = tokens
-        return leaf.repeat(repeats) if any(r > 1 for r in repeats) else leaf
-
-    return _map_leaves(arguments, widen)
-
-
-def _map_leaves(arguments: Mapping[str, Any], fn: Callable[[str, Any], Any]) -> dict[str, Any]:
-    return {
-        name: pytree.tree_map_with_path(
-            lambda path, leaf, name=name: fn(name + pytree.keystr(path), leaf), value
-        )
-        for name, value in arguments.items()
-    }
-
-
 def _export(
-    model: torch.nn.Module, example: Mapping[str, Any], dims: Mapping[str, set[int]]
+    model: torch.nn.Module, example: Mapping[str, Any], dims: sizes.Dims
 ) -> ExportedProgram:
     def spec(name: str, leaf: Any) -> Any:
         return dict.fromkeys(sorted(dims[name]), Dim.AUTO) if dims.get(name) else None
 
-    shapes = _map_leaves(example, spec) if any(dims.values()) else None
+    shapes = sizes.map_leaves(example, spec) if any(dims.values()) else None
     logging.getLogger("torch.fx.experimental.symbolic_shapes").setLevel(logging.ERROR)
     try:
         return torch.export.export(model, (), dict(example), dynamic_shapes=shapes, strict=False)
@@ -176,25 +122,44 @@ def _export(
 
 
 def _culprit(error: BaseException) -> tuple[str | None, str]:
-    """Return the innermost line of the model's own code on the way to `error`, and its reason."""
-    where = None
+    """Return the innermost line of the model's own code on the way to `error`, and its reason.
+
+    With the reason comes what to do, unless it was the model itself that refused the example.
+    """
+    where, raised_by_model = None, False
     trace = error.__traceback__
     while trace is not None:
         file = trace.tb_frame.f_code.co_filename
-        if "/torch/" not in file and "/wancompile/" not in file and "contextlib" not in file:
+        raised_by_model = not any(
+            part in file for part in ("/torch/", "/wancompile/", "contextlib")
+        )
+        if raised_by_model:
             where = f"{file}, line {trace.tb_lineno}, in {trace.tb_frame.f_code.co_name}"
         trace = trace.tb_next
     lines = str(error).strip().splitlines()
-    return where, lines[0] if lines else type(error).__name__
+    reason = lines[0] if lines else type(error).__name__
+    return where, reason if raised_by_model else f"{reason.rstrip('.')}; {_advice(error)}"
+
+
+def _advice(error: BaseException) -> str:
+    """Return what to do about a line that torch cannot capture."""
+    around = 'torch.compile(model, backend="wancompile") compiles what lies around it'
+    if isinstance(error, _BY_VALUE):
+        return (
+            "this line decides by the values in a tensor, which a graph cannot: choose with "
+            f"torch.where, or decide before the model is called, by an argument; or {around}"
+        )
+    return f"write this line in torch's own functions of tensors; or {around}"
 
 
 def _program(
     exported: ExportedProgram,
     model: torch.nn.Module,
     example: Mapping[str, Any],
-    dims: Mapping[str, set[int]],
+    dims: sizes.Dims,
 ) -> Program:
     graph = edit.copy_graph(exported.graph)
+    _join_pieces(graph)
     state = _lift_state(graph, exported)
     check_finite(state)
     leaves = flatten(example)
@@ -202,10 +167,11 @@ def _program(
     inputs = []
     for node, (name, leaf) in zip(placeholders, leaves.items(), strict=True):
         if isinstance(leaf, torch.Tensor):
-            inputs.append(_input_spec(name, node, dims.get(name, set())))
+            inputs.append(_input_spec(name, node))
             node.target = node.name
         else:
             graph.erase_node(node)
+    _check_open(inputs, dims, sizes.video_of(sizes.tensors(example)))
     parameters, defaults = parameters_of(model.forward)
     signature = Signature(
         parameters=parameters,
@@ -223,16 +189,47 @@ def _program(
     return program
 
 
-def _input_spec(name: str, node: Node, dynamic: Iterable[int]) -> InputSpec:
+def _join_pieces(graph: Graph) -> None:
+    """Take a cut of an open dimension into pieces of a fixed length away, where there is one piece.
+
+    That is what the cut was for this example, and what it says: rows are seen to in portions.
+
+    Raises:
+        ExportError: there are several pieces, and their number would be that of the example.
+    """
+    for node in match.nodes_of(graph, torch.ops.aten.split.Tensor):
+        whole, length = match.args(node)[:2]
+        dim = match.dim_of(match.arg(node, 2, "dim", 0), match.rank(whole))
+        if not (match.is_symbolic(match.shape(whole)[dim]) and isinstance(length, int)):
+            continue
+        if len(node.meta["val"]) > 1:
+            raise ExportError(
+                f"a dimension that may change is cut into pieces of {length}, and a graph has a "
+                f"fixed number of them, {len(node.meta['val'])} in this example: call the model "
+                "such that there is one piece, as with an argument that says how long they are",
+                source=match.source_line(node),
+            )
+        for piece in list(node.users):
+            piece.replace_all_uses_with(whole)
+            graph.erase_node(piece)
+        graph.erase_node(node)
+
+
+def _input_spec(name: str, node: Node) -> InputSpec:
     tensor: torch.Tensor = node.meta["val"]
-    sizes = [None if match.is_symbolic(size) else int(size) for size in tensor.shape]
-    fixed = [dim for dim in dynamic if sizes[dim] is not None and tensor.dim() == 5]
-    if fixed:
-        raise ExportError(
-            f"dimension {fixed[0]} of {name} must stay dynamic, but the model fixes it "
-            f"to {sizes[fixed[0]]}"
-        )
-    return InputSpec(name, tuple(sizes), tensor.dtype)
+    shape = tuple(None if match.is_symbolic(size) else int(size) for size in tensor.shape)
+    return InputSpec(name, shape, tensor.dtype)
+
+
+def _check_open(inputs: Iterable[InputSpec], dims: sizes.Dims, video: str | None) -> None:
+    """Refuse a model that fixes the batch, frames, height or width of its video."""
+    for one in inputs:
+        fixed = [dim for dim in sorted(dims.get(one.name, ())) if one.shape[dim] is not None]
+        if one.name == video and fixed:
+            raise ExportError(
+                f"dimension {fixed[0]} of {one.name} must stay dynamic, but the model fixes it "
+                f"to {one.shape[fixed[0]]}"
+            )
 
 
 def _lift_state(graph: Graph, exported: ExportedProgram) -> dict[str, torch.Tensor]:
