@@ -1,0 +1,124 @@
+"""From a NORMAL program and its statistics to a compiled model."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from wancompile import passes, pipeline
+from wancompile.auto import choose_recipe
+from wancompile.compiled import CompiledModel
+from wancompile.errors import CalibrationError, InputError
+from wancompile.gate.limits import Limits
+from wancompile.gate.rounds import Rounds
+from wancompile.quant.stats import Stats
+from wancompile.recipe import Auto, Recipe
+from wancompile.report import Report
+from wancompile.samples import CalibData
+from wancompile.start import Prepared, Started, from_example, need_weights, run
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a model is compiled; each as `wancompile.compile` describes it."""
+
+    recipe: Recipe | Auto
+    consume: bool
+    device: torch.device | None
+    limits: Limits | None
+    checkpoint: Path | None
+    progress: bool
+    dump: Path | None
+
+    @property
+    def gated(self) -> bool:
+        """Whether the original's outputs on some calls are kept, to compare with."""
+        return self.limits is not None or isinstance(self.recipe, Auto)
+
+
+def prepare(
+    model: torch.nn.Module,
+    calib_data: CalibData | None,
+    stats: Stats | None,
+    example_inputs: Mapping[str, Any] | Sequence[Any] | None,
+    options: Options,
+) -> Prepared:
+    """Return what `build` needs, from whatever of data, statistics and an example there is.
+
+    Raises:
+        WancompileError: as `wancompile.compile` does.
+    """
+    if stats is None and calib_data is None:
+        _can_do_without_data(options.recipe)
+    need_weights(model)
+    if calib_data is None:
+        if options.checkpoint is not None:
+            raise InputError("a checkpoint is one of calibration, which needs calib_data")
+        device, dump, gated = options.device, options.dump, options.gated
+        return from_example(model, stats, example_inputs, device, dump, gated=gated)
+    if stats is not None:
+        raise InputError("give calib_data or stats, not both")
+    started = begun(model, options, live=callable(calib_data))
+    run(started, model, calib_data, progress=options.progress)
+    return started.prepared()
+
+
+def begun(model: torch.nn.Module, options: Options, *, live: bool) -> Started:
+    """Return the calibration of `model` that compiling with `options` needs."""
+    device, checkpoint, dump = options.device, options.checkpoint, options.dump
+    return Started(model, device, checkpoint, dump, gated=options.gated, live=live)
+
+
+def _can_do_without_data(asked: Recipe | Auto) -> None:
+    if isinstance(asked, Auto):
+        raise CalibrationError("a budget needs calibration data or statistics to choose types by")
+    if asked.rounds_attention:
+        raise CalibrationError(
+            "8-bit attention needs calibration data or statistics for its static scales"
+        )
+
+
+def build(model: torch.nn.Module, prepared: Prepared, options: Options) -> CompiledModel:
+    """Smooth, quantize and fuse what was prepared, and compare it with what it was.
+
+    With `options.consume` the weights of `model` and of the program in `prepared` are let go.
+
+    Raises:
+        WancompileError: as `wancompile.compile` does.
+    """
+    program, stats, evidence = prepared.program, prepared.stats, prepared.evidence
+    chosen, choice, where = options.recipe, None, options.device
+    if isinstance(chosen, Auto):
+        choice = choose_recipe(
+            chosen, program, evidence, stats, device=where, progress=options.progress
+        )
+        chosen = choice.recipe
+    chosen.check(program.groups, program.attentions)
+    gc.collect()  # the observed program is tied in cycles, and as large as the statistics
+    bytes_before = program.nbytes
+    probe = pipeline.Probe(prepared.call, where)
+    rounds = Rounds(chosen, stats, options.limits, evidence, probe, where, options.dump)
+    smoothed = rounds.smooth(program)
+    if options.consume:
+        program.release()
+        model.to("meta")
+        gc.collect()  # what came before `program` is tied in cycles, and shares its weights
+    quantized = rounds.quantize(program, smoothed, consume=options.consume)
+    fused = pipeline.run(quantized, passes.FUSE, dump=options.dump, consume=True)
+    gate = rounds.finish(fused)
+    report = Report(rounds.recipe, (), (), (), bytes_before, 0, choice, gate).with_program(fused)
+    config = getattr(model, "config", None)
+    return CompiledModel(fused, report, config, _dtype_of(model), evidence)
+
+
+def _dtype_of(model: torch.nn.Module) -> torch.dtype:
+    """Return the type that a pipeline should cast inputs to: that of most weights."""
+    dtype = getattr(model, "dtype", None)
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    return next(p.dtype for p in model.parameters() if p.is_floating_point())
