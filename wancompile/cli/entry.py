@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from textwrap import fill
 
 import wancompile
-from wancompile.cli import demo, inspect, plan
+from wancompile.cli import bench, check, demo, inspect, plan
 from wancompile.errors import WancompileError
 
 EXIT_OK, EXIT_ERROR, EXIT_INTERRUPTED = 0, 1, 130
@@ -22,18 +22,23 @@ examples:
   wancompile inspect i2v-14b --layers 1  its graph, normalized, weightless
   wancompile inspect t2v-1.3b --tiny --to QUANTIZED --diff --site blocks.0
 
-exit codes: 0 done, 1 an error explained on stderr, 2 a wrong command line
+exit codes: 0 done, 1 a check failed or an error explained on stderr,
+  2 a wrong command line, 130 interrupted by Ctrl-C
 """
+_COMMANDS = (demo, plan, inspect, check, bench)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line and return the exit code; argparse exits with 2 by itself."""
+    """Run the command line and return the exit code; argparse exits with 2 by itself.
+
+    A subcommand returns an exit code of its own, or None where it is done.
+    """
     args = _parser().parse_args(argv)
     logging.basicConfig(
         level=logging.INFO if args.verbose else logging.WARNING, format="%(message)s"
     )
     try:
-        args.run(args)
+        code: int | None = args.run(args)
         sys.stdout.flush()
     except WancompileError as error:
         print(f"wancompile: {error}", file=sys.stderr)
@@ -43,7 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         # The reader, such as `head`, has seen enough; Python must not try to flush at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return EXIT_OK
+        return EXIT_OK
+    return EXIT_OK if code is None else code
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -56,6 +62,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"%(prog)s {wancompile.__version__}")
     parser.add_argument("-v", "--verbose", action="store_true", help="say what is being done")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for command in (demo, plan, inspect):
+    for command in _COMMANDS:
         command.add_parser(subparsers)
     return parser

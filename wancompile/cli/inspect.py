@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from wancompile.cli import target
+from wancompile.cli import artifact, inspect_artifact, target
 from wancompile.gate.compare import compare
 from wancompile.html import write_html
 from wancompile.inspect import climb, diff, lines
@@ -37,6 +37,9 @@ Print the graph of a model at a level, or the difference between two levels.
 
 Values that belong to a linear or an attention are named after it. QUANTIZED
 and what follows compute with weights: give a folder that has some, or --tiny.
+
+Of a folder that wancompile has written, print the report; with --site the
+graph there; with --html write its page. There is no level but LOWERED.
 """
 
 
@@ -44,7 +47,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     """Add the subcommand."""
     parser = subparsers.add_parser(
         "inspect",
-        help="print the graph of a model at a level, or what changes between two",
+        help="print a model's graph, what a level changes in it, or a saved model",
         description=_DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -54,7 +57,6 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument(
         "--to",
         type=_level,
-        default=Level.NORMAL,
         metavar="LEVEL",
         help="the level to print (default: NORMAL)",
     )
@@ -99,8 +101,11 @@ def _level(text: str) -> Level:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Climb to the level and print."""
-    start, to = args.start, args.to
+    """Climb to the level and print, or print what was saved."""
+    if artifact.is_artifact(args.target):
+        inspect_artifact.run(args)
+        return
+    start, to = args.start, args.to or Level.NORMAL
     if start is None:
         start = MADE_FROM[to]
     elif start >= to:
@@ -116,7 +121,7 @@ def run(args: argparse.Namespace) -> None:
         subject.model, subject.inputs, to, recipe=recipe, calibration=calls, dump=args.dump
     )
     if args.html is not None:
-        _write_page(args, subject, recipe, programs)
+        _write_page(args, to, subject, recipe, programs)
     elif args.diff or args.start is not None:
         print(diff(programs[start], programs[to], args.site) or "nothing differs")
     else:
@@ -125,14 +130,15 @@ def run(args: argparse.Namespace) -> None:
 
 def _write_page(
     args: argparse.Namespace,
+    to: Level,
     subject: target.Subject,
     recipe: Recipe,
     programs: dict[Level, Program],
 ) -> None:
-    is_quantized = args.to >= Level.QUANTIZED
+    is_quantized = to >= Level.QUANTIZED
     # What people look for in a page of a quantized program is how it differs from the float one.
-    usual = Level.NORMAL if is_quantized else MADE_FROM[args.to]
-    before, after = programs[usual if args.start is None else args.start], programs[args.to]
+    usual = Level.NORMAL if is_quantized else MADE_FROM[to]
+    before, after = programs[usual if args.start is None else args.start], programs[to]
     size = programs[Level.EXPORTED].nbytes
     report = Report(recipe, (), (), (), size, 0).with_program(after)
     comparison = None

@@ -15,6 +15,9 @@ from wancompile import presets
 from wancompile.errors import LevelError, RecipeError
 from wancompile.recipe import RECIPES, Recipe, resolve
 
+_USUAL = "int8"
+Options = argparse.ArgumentParser | argparse._MutuallyExclusiveGroup
+
 
 @dataclass(frozen=True)
 class Subject:
@@ -38,12 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="PRESET|DIR",
         help=f"the folder of a diffusers model, or one of {', '.join(presets.PRESETS)}",
     )
-    parser.add_argument(
-        "--recipe",
-        default="int8",
-        metavar="NAME|FILE",
-        help=f"{', '.join(RECIPES)}, or a JSON file (default: int8)",
-    )
+    add_recipe(parser)
     parser.add_argument(
         "--resolution",
         type=resolution,
@@ -52,6 +50,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "for the preset)",
     )
     parser.add_argument("--layers", type=positive, metavar="N", help="keep only N blocks")
+
+
+def add_recipe(parser: Options) -> None:
+    """Add the recipe."""
+    parser.add_argument(
+        "--recipe",
+        metavar="NAME|FILE",
+        help=f"{', '.join(RECIPES)}, or a JSON file (default: {_USUAL})",
+    )
 
 
 def add_tiny(parser: argparse.ArgumentParser) -> None:
@@ -77,12 +84,13 @@ def positive(text: str) -> int:
     return int(text)
 
 
-def recipe(text: str) -> Recipe:
-    """Return a recipe given by name or as the path of a JSON file.
+def recipe(text: str | None) -> Recipe:
+    """Return a recipe given by name or as the path of a JSON file, int8 if none is given.
 
     Raises:
         RecipeError: there is no such recipe or file, or the file holds no recipe.
     """
+    text = text or _USUAL
     if text in RECIPES or not text.endswith(".json"):
         return resolve(text)
     try:
