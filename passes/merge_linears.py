@@ -17,8 +17,8 @@ from __future__ import annotations
 
 import functools
 from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -27,6 +27,7 @@ from torch.fx import Node
 from wancompile.ir import match
 from wancompile.ir.edit import Draft
 from wancompile.ir.levels import Level
+from wancompile.ir.site import Site, Weight
 
 aten = torch.ops.aten
 ops = torch.ops.wancompile
@@ -52,9 +53,21 @@ class MergeLinears:
                 x, x_scale, weight, _, bias, out = match.args(node)
                 kind = group, x, x_scale, match.val(weight).dtype, bias is None, out
                 alike[kind].append(node)
+        moved: dict[Site, tuple[str, str, int]] = {}
         for members in alike.values():
             if len(members) > 1:
-                _merge(draft, members)
+                moved.update(_merge(draft, members))
+        draft.groups = tuple(
+            replace(group, weights=tuple(_moved(one, moved) for one in group.weights))
+            for group in draft.groups
+        )
+
+
+def _moved(weight: Weight, moved: Mapping[Site, tuple[str, str, int]]) -> Weight:
+    if weight.site not in moved:
+        return weight
+    data, scale, first = moved[weight.site]
+    return replace(weight, data=data, scale=scale, first=first)
 
 
 def _stored(node: Node) -> list[Any]:
@@ -62,11 +75,13 @@ def _stored(node: Node) -> list[Any]:
     return [weight, scale] if bias is None else [weight, scale, bias]
 
 
-def _merge(draft: Draft, members: Sequence[Node]) -> None:
+def _merge(draft: Draft, members: Sequence[Node]) -> Iterator[tuple[Site, tuple[str, str, int]]]:
+    """Merge; yield for each site where its weight and scale are now, and its first row there."""
     first = members[0]
     x, x_scale, *_, out_dtype = match.args(first)
     stored = [_joined(draft, parts, first) for parts in zip(*map(_stored, members), strict=True)]
-    weight, scale, bias = (*stored, None)[:3]
+    weight, scale, *rest = stored
+    bias = rest[0] if rest else None
     both = draft.call(
         ops.scaled_linear.default, x, x_scale, weight, scale, bias, out_dtype,
         before=first, like=first,
@@ -74,7 +89,9 @@ def _merge(draft: Draft, members: Sequence[Node]) -> None:
     draft.did(first, f"one product for {', '.join(str(match.site(node)) for node in members)}")
     start = 0
     for node in members:
-        end = start + match.shape(node)[-1]
+        site, end = match.site(node), start + match.shape(node)[-1]
+        if site is not None:
+            yield site, (str(weight.target), str(scale.target), start)
         draft.replace_call(node, aten.slice.Tensor, both, -1, start, end)
         start = end
 

@@ -28,6 +28,7 @@ from wancompile.ir import match
 from wancompile.ir.edit import Draft
 from wancompile.ir.levels import Level
 from wancompile.ir.site import Group, Site
+from wancompile.passes.factors import Factors, located
 from wancompile.passes.rounding import Rounder
 from wancompile.quant.stats import Stats
 from wancompile.recipe import QSpec, Recipe
@@ -65,10 +66,17 @@ class QuantizeLinears:
                 rounder.expect(group, list(found), spec)
         shared = _Shared(draft, rounder)
         position = match.position(draft.graph)
+        factors = Factors(draft)
+        weights = {group.key: factors.of_group(group, nodes) for group in draft.groups}
         for node in sorted(specs, key=position.__getitem__):
             shared.quantize(node, specs[node])
+        nodes = match.by_site(draft.graph)
         draft.groups = tuple(
-            replace(group, rounding=rounder.chosen.get(group.key, group.rounding))
+            replace(
+                group,
+                rounding=rounder.chosen.get(group.key, group.rounding),
+                weights=located(weights[group.key], nodes),
+            )
             for group in draft.groups
         )
 

@@ -81,7 +81,19 @@ def test_every_site_keeps_its_values():
         **dict.fromkeys(("wq", "wk", "wv"), torch.ops.aten.slice.Tensor),
         "wo": ops.scaled_linear.default,
     }
-    assert after.groups == program.groups
+    assert [one.sites for one in after.groups] == [one.sites for one in program.groups]
+
+
+def test_every_weight_is_found_where_it_went():
+    program = before()
+    after = merged(program)
+    was, now = ([w for group in one.groups for w in group.weights] for one in (program, after))
+    assert [w.site.path for w in now] == [w.site.path for w in was] == ["wq", "wk", "wv", "wo"]
+    assert [w.first for w in now] == [0, CHANNELS, 2 * CHANNELS, 0]
+    for old, new in zip(was, now, strict=True):
+        rows = slice(new.first, new.first + CHANNELS)
+        assert torch.equal(after.state[new.data][rows], program.state[old.data])
+        assert torch.equal(after.state[new.scale][rows], program.state[old.scale])
 
 
 def test_the_originals_are_let_go():

@@ -128,6 +128,25 @@ class Rounding:
 
 
 @dataclass(frozen=True)
+class Weight:
+    """Where the weight `W [N, K]` of one linear went, and what it was multiplied by.
+
+    Invariants: `data` names the stored 8-bit tensor that holds it from row `first` on, `scale` the
+    fp32 scales of its rows; both are empty for a linear in floating point. What is stored is
+    `W * inputs * outputs[:, None]`, rounded: `inputs [K]` and `outputs [N]` name stored fp32
+    factors of smoothing, empty for none. `name` is what the model calls the weight.
+    """
+
+    site: Site
+    name: str
+    data: str = ""
+    scale: str = ""
+    first: int = 0
+    inputs: str = ""
+    outputs: str = ""
+
+
+@dataclass(frozen=True)
 class Group:
     """Linears that read one value and are therefore observed, smoothed and quantized together.
 
@@ -136,7 +155,8 @@ class Group:
     `producer` is the first site that reads this value, and the key of its statistics: groups that
     share a producer share an observer. `fold_reason` says why `fold` is the quantise op where
     nothing cheaper was proved. `smoothing` is None until a search has run, `rounding` where the
-    recipe asked for rounding to nearest alone.
+    recipe asked for rounding to nearest alone. `weights` has an entry for each member once it has
+    been decided which of them are quantized, but for weights that are computed from the inputs.
     """
 
     role: Role
@@ -147,6 +167,7 @@ class Group:
     fold_reason: str = ""
     smoothing: Smoothing | None = None
     rounding: Rounding | None = None
+    weights: tuple[Weight, ...] = ()
 
     @property
     def members(self) -> tuple[str, ...]:
