@@ -81,7 +81,12 @@ class Program:
         if consume:
             self.release()
         return edit.Draft(
-            edit.copy_graph(self.graph), state, self.groups, self.ungrouped, self.attentions
+            edit.copy_graph(self.graph),
+            state,
+            self.groups,
+            self.ungrouped,
+            self.attentions,
+            self.signature,
         )
 
     def release(self) -> None:
@@ -114,6 +119,7 @@ class Program:
             graph=draft.graph,
             state=draft.state,
             level=level,
+            signature=draft.signature or self.signature,
             groups=draft.groups,
             ungrouped=draft.ungrouped,
             attentions=draft.attentions,

@@ -28,7 +28,9 @@ class Dataflow:
             if node.op == "placeholder":
                 found[node] = frozenset({node})
                 continue
-            found[node] = empty.union(*(found[parent] for parent in tensor_inputs(node)))
+            # Not of its operands that are tensors alone: some ops yield several at once.
+            parents = [one for one in node.all_input_nodes if not match.is_number(one)]
+            found[node] = empty.union(*(found[parent] for parent in parents))
         return found
 
     @cached_property

@@ -154,8 +154,7 @@ class Draft:
 
     def take(self, name: str, like: Node) -> Node:
         """Add an input behind the others, which has the type and the shape of `like`."""
-        first = next(node for node in self.graph.nodes if node.op != "placeholder")
-        with self.graph.inserting_before(first):
+        with self.graph.inserting_after(match.inputs(self.graph)[-1]):
             node = self.graph.placeholder(name)
         node.meta["val"] = like.meta["val"]
         return node

@@ -29,6 +29,8 @@ LAYOUT_OPS = frozenset(
 CAST_OPS = frozenset({aten.to.dtype})
 SOFTMAX_OPS = frozenset({aten.softmax.int, aten._softmax.default})
 
+_SYMBOLIC = (torch.SymBool, torch.SymInt, torch.SymFloat)
+
 # Frames of torch itself say nothing about the model's source.
 _LIBRARY_FRAMES = ("/torch/nn/", "/torch/_", "/torch/functional.py")
 
@@ -58,6 +60,11 @@ def nodes_of(graph: Graph, *targets: Any) -> list[Node]:
     return [node for node in graph.nodes if is_op(node, *targets)]
 
 
+def inputs(graph: Graph) -> list[Node]:
+    """Return the inputs of the graph in order."""
+    return list(graph.find_nodes(op="placeholder"))
+
+
 def val(node: Node) -> torch.Tensor:
     """Return the fake tensor that `node` yields."""
     value: torch.Tensor = node.meta["val"]
@@ -77,6 +84,11 @@ def rank(node: Node) -> int:
 def is_tensor(node: Any) -> TypeGuard[Node]:
     """Whether `node` yields one tensor."""
     return isinstance(node, Node) and isinstance(node.meta.get("val"), torch.Tensor)
+
+
+def is_number(node: Node) -> bool:
+    """Whether `node` yields a number, such as a size, and no tensor or several."""
+    return isinstance(node.meta.get("val"), (int, float, *_SYMBOLIC))
 
 
 def args(node: Node) -> tuple[Any, ...]:

@@ -1,0 +1,166 @@
+"""Compute what depends on the prompt alone once for each prompt, not once for each step.
+
+`passes/hoist.py` splits a program; here the two parts run. What the first hands over is kept for
+the last few prompts, so that a conditional and an unconditional one may take turns.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from wancompile import pipeline
+from wancompile.errors import InputError
+from wancompile.ir import match
+from wancompile.passes.hoist import TakeBody, TakePrologue
+from wancompile.passes.steady import Cut, cut, steady_inputs
+from wancompile.program import Program
+from wancompile.prompts import PromptCache
+from wancompile.stream import Stream
+from wancompile.units import nbytes, plural
+
+log = logging.getLogger("wancompile")
+
+
+@dataclass(frozen=True)
+class Hoisting:
+    """What is computed once for each prompt.
+
+    `inputs` are the names of the inputs that it is computed from; `linears` counts those of the
+    model, `weight_bytes` the stored tensors that nothing else reads, and `moved_bytes` how many of
+    these are on the host. `cached_bytes` is what is kept of one prompt of the sizes that the model
+    was traced with, `prompts` of how many it is kept.
+    """
+
+    inputs: tuple[str, ...]
+    linears: int
+    weight_bytes: int
+    cached_bytes: int
+    prompts: int = 0
+    moved_bytes: int = 0
+
+    def __str__(self) -> str:
+        moved = f", {nbytes(self.moved_bytes)} of them on the host" if self.moved_bytes else ""
+        return (
+            f"once for each prompt ({', '.join(self.inputs)}): {plural(self.linears, 'linear')}, "
+            f"weights of {nbytes(self.weight_bytes)}{moved}; "
+            f"{nbytes(self.cached_bytes)} kept of each of the last {plural(self.prompts, 'prompt')}"
+        )
+
+
+def find(program: Program, inputs: Sequence[str] | None = None) -> Cut | None:
+    """Return where `program` falls apart, or None if nothing can be computed ahead.
+
+    Args:
+        program: from level NORMAL on.
+        inputs: the names of the inputs that stay the same; if not given, the encoder states.
+
+    Raises:
+        InputError: there is no input of that name, or none that varies.
+    """
+    if inputs is None:
+        found = cut(program.graph, steady_inputs(program.graph, program.attentions))
+    else:
+        specs = [spec.name for spec in program.signature.inputs]
+        unknown = [name for name in inputs if name not in specs]
+        if unknown:
+            raise InputError(f"there is no input {unknown[0]!r}; there are {', '.join(specs)}")
+        if set(specs) <= set(inputs):
+            raise InputError("some input must vary from call to call, but all are said to stay")
+        pairs = zip(specs, match.inputs(program.graph), strict=True)
+        found = cut(program.graph, [node.name for name, node in pairs if name in inputs])
+    return found if found.kept else None
+
+
+def facts(program: Program, found: Cut) -> Hoisting:
+    """Return what is gained where `find` has found a cut of `program`."""
+    specs = [spec.name for spec in program.signature.inputs]
+    pairs = zip(specs, match.inputs(program.graph), strict=True)
+    return Hoisting(
+        inputs=tuple(name for name, node in pairs if node in found.steady),
+        linears=sum(match.site(node) is not None for node in found.hoisted),
+        weight_bytes=sum(program.state[name].nbytes for name in found.weights),
+        cached_bytes=sum(_nbytes(node) for node in found.kept),
+    )
+
+
+def _nbytes(node: Node) -> int:
+    """Return the bytes of a value, in the call that was traced where sizes are open."""
+    sizes = (s if isinstance(s, int) else int(s.node.hint) for s in match.shape(node))
+    return math.prod(sizes) * match.val(node).element_size()
+
+
+@dataclass(frozen=True)
+class Split:
+    """A program in two parts.
+
+    `prologue` takes the inputs at `places` of the whole one, and returns what `body` takes behind
+    all inputs.
+    """
+
+    prologue: Program
+    body: Program
+    places: tuple[int, ...]
+
+
+def split(program: Program, found: Cut) -> Split:
+    """Return both parts of a LOWERED `program`, which share its tensors."""
+    inputs = match.inputs(program.graph)
+    places = tuple(index for index, node in enumerate(inputs) if node in found.steady)
+    names = tuple(inputs[index].name for index in places)
+    return Split(
+        prologue=pipeline.run(program, [TakePrologue(names)]),
+        body=pipeline.run(program, [TakeBody(names)]),
+        places=places,
+    )
+
+
+def to_host(program: Program, names: frozenset[str], device: torch.device) -> Program:
+    """Return `program` with these stored tensors on the host, page-locked if `device` is a GPU."""
+    moved = {name: program.state[name].to("cpu") for name in names if name in program.state}
+    if device.type == "cuda":
+        moved = {name: tensor.pin_memory() for name, tensor in moved.items()}
+    return replace(program, state={**program.state, **moved})
+
+
+class Loop:
+    """Runs both parts of a program, the first only where it sees a new prompt.
+
+    Calls come from one stream of a GPU, as those of a pipeline do.
+
+    Attributes:
+        cache: what the prologue returned for the last prompts.
+        away: whether weights of the prologue come to the device only to be used.
+    """
+
+    def __init__(self, parts: Split, prompts: int, device: torch.device, *, away: bool) -> None:
+        self.cache = PromptCache(prompts)
+        self.away = away
+        self.body = parts.body.module
+        self._places = parts.places
+        self._prologue: Callable[..., Any] = (
+            Stream(parts.prologue, device) if away else parts.prologue
+        )
+
+    @property
+    def resident_bytes(self) -> int:
+        """Bytes of the prologue's weights that stay on the device while they are `away`."""
+        if not isinstance(self._prologue, Stream):
+            return 0
+        return sum(tensor.nbytes for tensor in self._prologue.state.values())
+
+    def __call__(self, *tensors: Tensor) -> Any:
+        """Return the leaves of the output for the inputs of the whole program, in order."""
+        steady = [tensors[place] for place in self._places]
+        kept = self.cache.find(steady)
+        if kept is None:
+            log.debug("a new prompt: what depends on it alone is computed")
+            kept = self.cache.keep(steady, self._prologue(*steady))
+        return self.body(*tensors, *kept)
