@@ -13,10 +13,10 @@ format:  ## fix what ruff can fix
 	ruff check --fix .
 	ruff format .
 
-test:  ## all tests; those that need a GPU skip themselves
-	pytest
+test:  ## all tests, a file to a worker; those that need a GPU skip themselves
+	pytest -n auto --dist loadfile
 
-test-gpu:  ## the tests of the kernels, on a CUDA device
+test-gpu:  ## the tests of the kernels, on a CUDA device, one after the other
 	pytest tests/gpu
 
 sanitize:  ## every kernel under compute-sanitizer, on a CUDA device

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--update-golden", action="store_true", help="write golden files instead of comparing"
     )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Share the cores between the workers of `pytest -n`, which else take all of them each."""
+    worker = getattr(config, "workerinput", None)
+    if worker is None:
+        return
+    threads = max(1, (os.cpu_count() or 1) // worker["workercount"])
+    torch.set_num_threads(threads)
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads))  # for the processes that tests start
 
 
 @pytest.fixture(autouse=True)
