@@ -1,9 +1,10 @@
 """A graph-rewriting 8-bit quantization compiler for the Wan video diffusion transformers."""
 
 from wancompile.api import calibrate, compile, trace
-from wancompile.artifact.load import load
 from wancompile.compiled import CompiledModel
-from wancompile.errors import ArtifactError, GateError, WancompileError
+from wancompile.errors import ArtifactError, GateError, PipelineError, WancompileError
+from wancompile.experts.compiled import CompiledPipeline
+from wancompile.experts.load import load
 from wancompile.gate.check import Check
 from wancompile.gate.limits import Limits
 from wancompile.ir.levels import Level
@@ -22,10 +23,12 @@ __all__ = [
     "Auto",
     "Check",
     "CompiledModel",
+    "CompiledPipeline",
     "GateError",
     "Group",
     "Level",
     "Limits",
+    "PipelineError",
     "Program",
     "QSpec",
     "Recipe",

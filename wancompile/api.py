@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast, overload
 
 import torch
 
 from wancompile.build import Options, build, prepare
 from wancompile.compiled import CompiledModel
+from wancompile.experts.compiled import CompiledPipeline
+from wancompile.experts.make import calibrate_pipeline, compile_pipeline
+from wancompile.experts.pipe import Pipeline, is_pipeline
+from wancompile.experts.play import PipelineData
 from wancompile.gate.limits import DEFAULT, Limits
 from wancompile.program import Program
 from wancompile.quant.stats import Stats
@@ -41,6 +45,7 @@ def trace(
     return normalize(model, [named(model, example_inputs)], dynamic=dynamic, dump=dump)
 
 
+@overload
 def calibrate(
     model: torch.nn.Module,
     calib_data: CalibData,
@@ -52,11 +57,41 @@ def calibrate(
     checkpoint: str | Path | None = None,
     total: int | None = None,
     progress: bool = False,
-) -> Stats:
+) -> Stats: ...
+
+
+@overload
+def calibrate(
+    model: Pipeline,
+    calib_data: PipelineData,
+    *,
+    labels: int = 10,
+    rows: int = 256,
+    seed: int = 0,
+    device: torch.device | str | None = None,
+    checkpoint: str | Path | None = None,
+    total: int | None = None,
+    progress: bool = False,
+) -> dict[str, Stats]: ...
+
+
+def calibrate(
+    model: torch.nn.Module | Pipeline,
+    calib_data: Any,
+    *,
+    labels: int = 10,
+    rows: int = 256,
+    seed: int = 0,
+    device: torch.device | str | None = None,
+    checkpoint: str | Path | None = None,
+    total: int | None = None,
+    progress: bool = False,
+) -> Stats | dict[str, Stats]:
     """Return the statistics of `model` on `calib_data`, to be saved, merged or compiled with.
 
     Args:
-        model: a Wan transformer with real weights; it is left as it was.
+        model: a Wan transformer with real weights, or a pipeline, whose experts get statistics of
+            their own, by name; it is left as it was.
         calib_data: as for `compile`; a `Sample` is a call that says its kind.
         labels: number of equal timestep ranges whose statistics are kept apart.
         rows: tokens sampled of each value that linears read.
@@ -74,16 +109,20 @@ def calibrate(
         WancompileError: as for `compile`; a `CalibrationError` where the checkpoint is one of
             another model, other data or other options.
     """
-    need_weights(model)
     path = None if checkpoint is None else Path(checkpoint)
-    where, live = device_of(device), callable(calib_data)
-    started = Started(
-        model, where, path, gated=False, live=live, labels=labels, rows=rows, seed=seed
-    )
+    where, observed = device_of(device), {"labels": labels, "rows": rows, "seed": seed}
+    if is_pipeline(model):
+        return calibrate_pipeline(
+            model, calib_data, where, path, total=total, progress=progress, **observed
+        )
+    model = cast(torch.nn.Module, model)
+    need_weights(model)
+    started = Started(model, where, path, None, gated=False, live=callable(calib_data), **observed)
     run(started, model, calib_data, total=total, progress=progress)
     return started.stats()
 
 
+@overload
 def compile(
     model: torch.nn.Module,
     calib_data: CalibData | None = None,
@@ -97,7 +136,40 @@ def compile(
     checkpoint: str | Path | None = None,
     progress: bool = False,
     dump: Path | None = None,
-) -> CompiledModel:
+) -> CompiledModel: ...
+
+
+@overload
+def compile(
+    model: Pipeline,
+    calib_data: PipelineData | None = None,
+    recipe: str | Recipe | Auto = "int8",
+    *,
+    stats: Mapping[str, Stats] | None = None,
+    example_inputs: Mapping[str, Any] | None = None,
+    consume: bool = False,
+    device: torch.device | str | None = None,
+    limits: Limits | None = DEFAULT,
+    checkpoint: str | Path | None = None,
+    progress: bool = False,
+    dump: Path | None = None,
+) -> CompiledPipeline: ...
+
+
+def compile(
+    model: torch.nn.Module | Pipeline,
+    calib_data: Any = None,
+    recipe: str | Recipe | Auto = "int8",
+    *,
+    stats: Stats | Mapping[str, Stats] | None = None,
+    example_inputs: Mapping[str, Any] | Sequence[Any] | None = None,
+    consume: bool = False,
+    device: torch.device | str | None = None,
+    limits: Limits | None = DEFAULT,
+    checkpoint: str | Path | None = None,
+    progress: bool = False,
+    dump: Path | None = None,
+) -> CompiledModel | CompiledPipeline:
     """Return `model` calibrated, smoothed, quantized, and compared with what it was.
 
     Of `calib_data` every ninth call from the fourth on, four at most, is kept from calibration; on
@@ -144,5 +216,10 @@ def compile(
         progress=progress,
         dump=dump,
     )
-    prepared = prepare(model, calib_data, stats, example_inputs, options)
+    if is_pipeline(model):
+        return compile_pipeline(
+            model, calib_data, cast(Any, stats), cast(Any, example_inputs), options
+        )
+    model = cast(torch.nn.Module, model)
+    prepared = prepare(model, calib_data, cast(Stats | None, stats), example_inputs, options)
     return build(model, prepared, options)

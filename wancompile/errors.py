@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -32,6 +34,21 @@ class WancompileError(Exception):
         lines = [f"  {label}: {value}" for label, value in known if value]
         super().__init__("\n".join([reason, *lines]))
 
+    def add_expert(self, name: str) -> None:
+        """Say which expert of a pipeline this is about."""
+        self.args = (f"{self}\n  expert: {name}",)
+
+
+@contextmanager
+def of_expert(name: str) -> Iterator[None]:
+    """Add the name of an expert to whatever goes wrong inside; no name, nothing added."""
+    try:
+        yield
+    except WancompileError as error:
+        if name:
+            error.add_expert(name)
+        raise
+
 
 class InputError(WancompileError):
     """A call, an example or a calibration sample does not fit the model's forward."""
@@ -59,6 +76,13 @@ class CalibrationError(WancompileError):
 
 class NumericsError(WancompileError):
     """A weight holds NaN or infinity, or a rewrite that must be exact changed the output."""
+
+
+class PipelineError(WancompileError):
+    """A pipeline has nothing to compile, or is no place for what was compiled.
+
+    Or a compiled part is asked for what only the original can do.
+    """
 
 
 class ArtifactError(WancompileError):

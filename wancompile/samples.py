@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from wancompile.errors import CalibrationError, InputError
+from wancompile.errors import CalibrationError, InputError, of_expert
 from wancompile.quant.lines import KINDS
 from wancompile.signature import flatten, name_arguments, parameters_of
 
@@ -133,7 +133,7 @@ def _listen(
     begin: Callable[[Sequence[Call]], Run],
     bar: tqdm[Any],
 ) -> None:
-    ears = _Ears(model, begin, bar)
+    ears = Ears(model, begin, bar)
     ears.put_on()
     try:
         play()
@@ -145,16 +145,23 @@ def _listen(
         )
 
 
-class _Ears:
+class Ears:
     """Stand-ins for a model's forward and for the context in which pipelines name its calls.
 
     `heard` counts the calls of forward. What the model had of its own is put back by `take_off`.
+    Errors name the `expert` that the model is, if any.
     """
 
     def __init__(
-        self, model: torch.nn.Module, begin: Callable[[Sequence[Call]], Run], bar: tqdm[Any]
+        self,
+        model: torch.nn.Module,
+        begin: Callable[[Sequence[Call]], Run],
+        bar: tqdm[Any],
+        *,
+        expert: str = "",
     ) -> None:
         self.heard = 0
+        self._expert = expert
         self._model = model
         self._begin = begin
         self._bar = bar
@@ -165,18 +172,20 @@ class _Ears:
         self._own = {name: model.__dict__[name] for name in _HEARD if name in model.__dict__}
 
     def put_on(self) -> None:
+        """Begin to listen."""
         self._model.__dict__["forward"] = self._forward
         if self._context is not None:
             self._model.__dict__["cache_context"] = self._named
 
     def take_off(self) -> None:
+        """Leave the model as it was."""
         for name in _HEARD:
             self._model.__dict__.pop(name, None)
         self._model.__dict__.update(self._own)
 
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
         index, self.heard = self.heard, self.heard + 1
-        with _naming(index):
+        with of_expert(self._expert), _naming(index):
             call = name_arguments(self._parameters, self._defaults, args, kwargs)
             _check_finite(call, index)
             if self._run is None:

@@ -53,9 +53,9 @@ class Started:
     def __init__(
         self,
         model: torch.nn.Module,
-        device: torch.device | None = None,
-        checkpoint: Path | None = None,
-        dump: Path | None = None,
+        device: torch.device | None,
+        checkpoint: Path | None,
+        dump: Path | None,
         *,
         gated: bool,
         live: bool,

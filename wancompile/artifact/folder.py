@@ -26,7 +26,7 @@ def replacing(target: Path) -> Iterator[Path]:
         ArtifactError: `target` is something else than an artifact or an empty folder, or the disk
             is full or cannot be written to.
     """
-    _check_replaceable(target)
+    check_replaceable(target)
     hidden = f".{target.name}.{uuid.uuid4().hex[:8]}"
     new, old = target.with_name(f"{hidden}.new"), target.with_name(f"{hidden}.old")
     try:
@@ -43,7 +43,8 @@ def replacing(target: Path) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
 
 
-def _check_replaceable(target: Path) -> None:
+def check_replaceable(target: Path) -> None:
+    """Raise `ArtifactError` if `target` is something else than an artifact or an empty folder."""
     if not target.exists():
         return
     if not target.is_dir():
@@ -57,6 +58,8 @@ def _check_replaceable(target: Path) -> None:
 
 
 def _is_ours(path: Path) -> bool:
+    if path.is_dir():  # an expert of a pipeline
+        return (path / document.FILE).is_file() and all(map(_is_ours, path.iterdir()))
     return path.name == document.FILE or weights.FILE.fullmatch(path.name) is not None
 
 

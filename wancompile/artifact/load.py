@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -30,25 +30,28 @@ class Config(dict[str, Any]):
 def load(
     folder: str | Path, *, device: str | torch.device = "cpu", verify: bool = True
 ) -> CompiledModel:
-    """Return the compiled model that `CompiledModel.save` wrote, without the original's weights.
-
-    Weights are mapped into memory and copied from there to `device`, once; on a CPU they stay
-    where they are mapped. Nothing in `folder` can run code.
-
-    Args:
-        folder: what was given to `save`.
-        device: where the model will run; kernels are chosen for it now.
-        verify: compare the SHA-256 of every file of weights, eight at a time, at 1.8 GB/s per core
-            with SHA instructions. Without it a changed byte of a weight goes unnoticed.
+    """Return the model that `CompiledModel.save` wrote; see `wancompile.load`.
 
     Raises:
-        ArtifactError: there is no artifact, or it is damaged, incomplete, of a newer format, or
-            names an op that is not known.
+        ArtifactError: as there; also where `folder` is the artifact of a pipeline.
         InputError: there is no such device.
     """
-    folder, place = Path(folder), _device(device)
+    folder, place = Path(folder), device_named(device)
     data = document.read(folder)
-    with _explained(folder):
+    if "experts" in data:
+        raise ArtifactError(f"{folder} holds the experts of a pipeline: give the folder of one")
+    return load_model(folder, data, place, verify=verify)
+
+
+def load_model(
+    folder: Path, data: Mapping[str, Any], place: torch.device, *, verify: bool
+) -> CompiledModel:
+    """Return the compiled model in `folder` on `place`; `data` is its document.
+
+    Raises:
+        ArtifactError: as `wancompile.load`.
+    """
+    with explained(folder):
         report = Report.from_data(data["report"])
         shards = facts.from_data(tuple[weights.Shard, ...], data["shards"])
         stored = {name: one for shard in shards for name, one in shard.tensors.items()}
@@ -61,13 +64,14 @@ def load(
         ungrouped=report.ungrouped,
         records=report.records,
     )
-    with _explained(folder):
+    with explained(folder):
         program.verify("load")
     known = Config(config) if config is not None else None
     return CompiledModel(program.to(place), report, known, dtype)
 
 
-def _device(device: str | torch.device) -> torch.device:
+def device_named(device: str | torch.device) -> torch.device:
+    """Return the device; raise `InputError` if there is none of this name."""
     try:
         return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:
@@ -75,7 +79,7 @@ def _device(device: str | torch.device) -> torch.device:
 
 
 @contextmanager
-def _explained(folder: Path) -> Iterator[None]:
+def explained(folder: Path) -> Iterator[None]:
     """Turn whatever goes wrong with the facts of a document into an `ArtifactError`."""
     try:
         yield
