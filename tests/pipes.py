@@ -7,8 +7,10 @@ frame. `pipe.save_pretrained` and `from_pretrained` work on them.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import diffusers
@@ -73,7 +75,9 @@ def make(kind: str, layers: int = 1, *, scheduler: Any = None) -> Any:
         parts["expand_timesteps"] = True
     if chosen.variant in ("i2v", "animate"):
         parts.update(image_encoder=image_encoder(), image_processor=image_processor())
-    pipe = getattr(diffusers, chosen.pipeline)(**parts)
+    factory = getattr(diffusers, chosen.pipeline)
+    _mend_text(factory)
+    pipe = factory(**parts)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -96,7 +100,7 @@ def arguments(
     if chosen.pipeline == "WanVideoToVideoPipeline":
         return {**found, "video": frames(5, seed), "strength": 1.0}
     if chosen.variant == "animate":
-        found.update(segment_frame_length=5, prev_segment_conditioning_frames=1, output_type="pt")
+        found.update(segment_frame_length=5, output_type="pt", motion_encode_batch_size=16)
         faces = frames(5, seed + 2, size=16)
         return {
             **found,
@@ -125,6 +129,12 @@ def picture(seed: int, size: int = SIZE) -> Image.Image:
 def frames(count: int, seed: int, size: int = SIZE) -> list[Image.Image]:
     """Random pictures."""
     return [picture(100 * seed + index, size) for index in range(count)]
+
+
+def _mend_text(factory: Any) -> None:
+    """Stand in for ftfy where it is not installed: it leaves ASCII text as it is."""
+    module = vars(sys.modules[factory.__module__])
+    module.setdefault("ftfy", SimpleNamespace(fix_text=str))
 
 
 # Parts -----------------------------------------------------------------------------------------

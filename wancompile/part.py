@@ -1,0 +1,55 @@
+"""What a diffusers pipeline asks of its parts, and what a compiled one cannot do."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NoReturn
+
+import torch
+
+from wancompile.errors import PipelineError
+
+
+class PipelinePart(torch.nn.Module):
+    """A module that can take the place of a transformer in a pipeline; it keeps its types."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type that a pipeline casts inputs to."""
+        raise NotImplementedError
+
+    def to(self, *args: Any, **kwargs: Any) -> Any:
+        """Move to a device, or raise `TypeError` where a type is asked for.
+
+        But `to(device, dtype)`, by which a pipeline converts all its parts, moves and warns, as
+        diffusers does for other quantized parts: an error would leave the pipeline half converted.
+        The pipeline goes on casting inputs to `dtype`.
+        """
+        if len(args) != 2 or args[1] in (None, self.dtype):
+            return super().to(*args, **kwargs)
+        warnings.warn(
+            f"a compiled model keeps its types: it does not become {args[1]}", stacklevel=2
+        )
+        return self if args[0] is None else super().to(args[0])
+
+    @contextmanager
+    def cache_context(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """Do nothing: diffusers pipelines name conditional and unconditional calls and steps so."""
+        del args, kwargs
+        yield
+
+    def enable_cache(self, config: object) -> NoReturn:
+        """Raise `PipelineError`: diffusers' caches hook into blocks, which a graph has no more."""
+        raise PipelineError(
+            f"{type(config).__name__} cannot be used with a compiled model: such caches replace "
+            "the forward of blocks and attentions, and its graph has none; every step is computed"
+        )
+
+    def save_pretrained(self, *args: object, **kwargs: object) -> NoReturn:
+        """Raise `PipelineError`: diffusers could not read it."""
+        del args, kwargs
+        raise PipelineError(
+            "a compiled model cannot be saved for diffusers: use its `save`, and wancompile.load"
+        )
