@@ -1,7 +1,7 @@
 """Whole layers and whole models on one H100, in 8 bits and in every other way that we know of.
 
     python -m benchmarks.h100 benchmarks/results/h100.json
-    python -m benchmarks.h100_table benchmarks/results/h100.json > BENCHMARKS.md
+    python -m benchmarks.document > BENCHMARKS.md
 
 Models have random weights. The time of a layer is the difference between a model of 3 layers and
 one of 1; the time of a whole model is computed from it, except for the column `whole`, where all

@@ -1,6 +1,6 @@
-"""BENCHMARKS.md, from the JSON of `benchmarks.h100`.
+"""The part of BENCHMARKS.md on speed, from the JSON of `benchmarks.h100`.
 
-    python -m benchmarks.h100_table benchmarks/results/h100.json > BENCHMARKS.md
+    python -m benchmarks.h100_table benchmarks/results/h100-*.json
 
 Several files are merged: of a cell measured twice the last one counts, and cells of different runs
 are compared through torch.compile's bf16, which is measured in each.
@@ -34,8 +34,7 @@ _SHOWN = (
 # What the numbers cannot say: what was tried, what it gave, and what limits it.
 _NOTES = Path(__file__).with_name("h100_notes.md")
 _HOW = f"""\
-Written by `python -m benchmarks.h100_table` from raw results in `benchmarks/results/`, which
-`python -m benchmarks.h100` measures.
+`python -m benchmarks.h100 FILE`, on one H100.
 
 - Weights are random: they serve for speed, and the errors below are errors on random activations,
   not of videos. Calibration data of ours is one random call.
@@ -76,19 +75,19 @@ def main(paths: Sequence[str]) -> None:
 def document(cells: Cells, surroundings: Sequence[dict[str, Any]]) -> str:
     """Return the whole document as Markdown."""
     parts = [
-        "# Benchmarks",
+        "## Speed",
         _HOW.rstrip(),
         _machines(surroundings),
-        "## Targets",
+        "### Targets",
         target_table(cells),
-        "## Layers and models",
+        "### Layers and models",
         *(text for row in ROWS for text in _row_section(cells, row)),
-        "## All layers, measured",
+        "### All layers, measured",
         _whole_section(cells),
-        "## Kernels over their floors",
+        "### Kernels over their floors",
         _KERNELS,
         *(text for row in ROWS for text in _kernel_sections(cells, row)),
-        "## Where the gain comes from",
+        "### Where the gain comes from",
         _PARTS,
         _gain_table(cells),
         *_not_run(cells),
@@ -154,7 +153,7 @@ def _row_section(cells: Cells, row: str) -> list[str]:
     body = [_row_line(cell) for cell in shown]
     head = ("", "layer, ms", "range, ms", "all layers, s", "gain", "peak, GiB", "compile, s",
             "first call, s", "error", "SM, MHz")  # fmt: skip
-    title = f"### {ROWS[row].title}, {ROWS[row].tokens:,} tokens, {ROWS[row].layers} layers"
+    title = f"#### {ROWS[row].title}, {ROWS[row].tokens:,} tokens, {ROWS[row].layers} layers"
     return [title, _table(head, body)]
 
 
@@ -209,7 +208,7 @@ def _kernel_sections(cells: Cells, row: str) -> list[str]:
         body = [_kernel_line(entry, rates) for entry in figures.noticeable(cell)]
         head = ("op", "tensors", "calls", "ms", "GB", "TFLOP", "floor, ms", "over floor")
         found += [
-            f"### {ROWS[row].title}, {figures.column_title(name)}",
+            f"#### {ROWS[row].title}, {figures.column_title(name)}",
             f"Best rates: {best}. The ops add up to {100 * covered:.0f} % of the layer's time.",
             _table(head, body),
         ]
@@ -264,7 +263,7 @@ def _not_run(cells: Cells) -> list[str]:
     ]
     if not rows:
         return []
-    return ["## Cells without all of their figures", _table(("row", "column", "why"), rows)]
+    return ["### Cells without all of their figures", _table(("row", "column", "why"), rows)]
 
 
 def _number(value: float | None, form: str) -> str:

@@ -1,0 +1,117 @@
+"""BENCHMARKS.md, from all raw results that there are.
+
+    python -m benchmarks.document > BENCHMARKS.md
+
+Quality, what compiling and saved models cost, and speed: each part has a module that writes it.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from tabulate import tabulate
+
+from benchmarks import accuracy_table, h100_figures, h100_table, record
+
+_CALIBRATION = """\
+`python -m benchmarks.calibration`, {gpu}: {preset}, all layers, {calls} observed forwards, random
+weights in bf16 on the host, {recipe}. Memory of the device is all there is, weights that come and go
+and activations included; that of the host is beyond the weights, and falls as 8 bits take their
+place."""
+_ARTIFACT = """\
+`python -m benchmarks.artifact`, {gpu}: {preset}, all layers, random weights, {recipe}, one call at
+full size. Times of a second process, which imports everything first; the files lie in the host's
+memory."""
+_MEANING = {
+    "plain_forward_s": "a forward of the model as it is, s",
+    "observed_forward_s": "an observed one, weights coming and going, s",
+    "seconds_beyond_forwards": "all of compiling beyond the model's own forwards, s",
+    "activations_gib": "activations of a plain forward, device, GiB",
+    "device_gib_beyond_activations": "device beyond them, GiB",
+    "host_gib": "host beyond the weights, GiB",
+    "bf16_gib": "weights in bf16, GiB",
+    "disk_gib": "on disk, GiB",
+    "disk_over_bf16": "on disk over bf16",
+    "compile_s": "compile, one short call of data, s",
+    "save_s": "save, s",
+    "import_s": "a new process until it has imported everything, s",
+    "load_s": "load to the device, s",
+    "first_call_s": "first call, s",
+    "second_call_s": "second call, s",
+    "weights_gib": "weights on the device, GiB",
+    "peak_gib": "peak of a call, GiB",
+    "two_experts_peak_gib": "peak of a call with two such models there, GiB",
+}
+
+
+def document(folder: Path) -> str:
+    """Return the whole document as Markdown, of the results in `folder`."""
+    speed = sorted(folder.glob("h100-*.json"))
+    cells, surroundings = h100_figures.load(speed)
+    parts = [
+        "# Benchmarks",
+        "Written by `python -m benchmarks.document` from the raw results in `benchmarks/results/`.",
+        *_quality(folder),
+        *_calibration(folder),
+        *_artifact(folder),
+        h100_table.document(cells, surroundings),
+    ]
+    return "\n\n".join(part.strip() for part in parts) + "\n"
+
+
+def _quality(folder: Path) -> list[str]:
+    found = [_read(path) for path in sorted(folder.glob("accuracy-*.json"))]
+    if not found:
+        return []
+    gpu = found[0]["measured_on"]["gpu"] or "CPU"
+    settings = found[0]["settings"]
+    how = (
+        f"`python -m benchmarks.accuracy`, {gpu}: {settings['count']} prompts and seeds of each "
+        f"trained checkpoint, {settings['steps']} steps with guidance, against the checkpoint in "
+        "float32 from the same noise. Worst is the mean of the worst 5 %."
+    )
+    return ["## Quality", how, accuracy_table.document([one["results"] for one in found])]
+
+
+def _calibration(folder: Path) -> list[str]:
+    path = folder / "calibration.json"
+    if not path.exists():
+        return []
+    found = _read(path)
+    steps = [
+        (one["step"], one["seconds"], one["device_gib"], one["host_gib"])
+        for one in found["results"]["steps"]
+    ]
+    headers = ("step", "seconds", "device, GiB", "host, GiB")
+    table = tabulate(steps, headers, tablefmt="github", floatfmt=".2f")
+    summary = _facts(found["results"]["summary"])
+    return ["## What compiling costs", _about(_CALIBRATION, found), summary, table]
+
+
+def _artifact(folder: Path) -> list[str]:
+    path = folder / "artifact.json"
+    if not path.exists():
+        return []
+    found = _read(path)
+    return ["## Saved models", _about(_ARTIFACT, found), _facts(found["results"])]
+
+
+def _about(text: str, found: dict[str, Any]) -> str:
+    return text.format(gpu=found["measured_on"]["gpu"], **found["settings"])
+
+
+def _facts(figures: dict[str, float]) -> str:
+    rows = [(text, figures[name]) for name, text in _MEANING.items() if name in figures]
+    return tabulate(rows, ("", ""), tablefmt="github", floatfmt=".2f")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return found
+
+
+if __name__ == "__main__":
+    sys.stdout.write(document(record.RESULTS))
