@@ -18,8 +18,8 @@ from benchmarks import accuracy_table, h100_figures, h100_table, record
 
 _CALIBRATION = """\
 `python -m benchmarks.calibration`, {gpu}: {preset}, all layers, {calls} observed forwards, random
-weights in bf16 on the host, {recipe}. Memory of the device is all there is, weights that come and go
-and activations included; that of the host is beyond the weights, and falls as 8 bits take their
+weights in bf16 on the host, {recipe}. Memory of the device is all there is, weights that come and
+go and activations included; that of the host is beyond the weights, and falls as 8 bits take their
 place."""
 _ARTIFACT = """\
 `python -m benchmarks.artifact`, {gpu}: {preset}, all layers, random weights, {recipe}, one call at
