@@ -6,8 +6,8 @@ shapes, the op itself runs. This is the only pass that looks at the device.
     before                                          after (H100)
     %y = scaled_linear(%q, %s, W8, ...)             %y = linear_hopper(%q, %s, W8, ...)
 
-Where no kernel takes a linear with its residual, but some kernel takes the linear, they are two
-ops again: the plain body of a product is no way to multiply on a GPU.
+Where no kernel takes a linear with its residual, or its branch of low rank, but some kernel takes
+the linear, they are ops of their own: the plain body of a product is no way to multiply on a GPU.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from wancompile.ir.edit import Draft
 from wancompile.ir.levels import FUSED_OPS, Level
 from wancompile.kernels import Kernel
 
+aten = torch.ops.aten
 ops = torch.ops.wancompile
 
 
@@ -44,6 +45,8 @@ class Lower:
         """Choose for each op on its own; report how often each implementation was taken."""
         for node in match.nodes_of(draft.graph, ops.scaled_linear_residual.default):
             self._split_residual(draft, node)
+        for node in match.nodes_of(draft.graph, ops.scaled_linear_low_rank.default):
+            self._split_low_rank(draft, node)
         taken: Counter[tuple[str, str]] = Counter()
         refused: Counter[tuple[str, str]] = Counter()
         implemented = {kernel.op for kernel in kernels.KERNELS} | FUSED_OPS
@@ -69,6 +72,17 @@ class Lower:
             return
         y = draft.call(ops.scaled_linear.default, *linear, before=node, like=node)
         draft.replace_call(node, ops.add_gated.default, residual, y, gate, None, None)
+
+    def _split_low_rank(self, draft: Draft, node: Node) -> None:
+        *linear, low, up, out_dtype = _positional(node)
+        linear.append(out_dtype)
+        whole, _ = self._choose(node.target, _positional(node))
+        part, _ = self._choose(ops.scaled_linear.default, linear)
+        if whole is not None or part is None or match.val(low).dtype != out_dtype:
+            return
+        y = draft.call(ops.scaled_linear.default, *linear, before=node, like=node)
+        branch = draft.call(aten.linear.default, low, up, before=node, like=node)
+        draft.replace_call(node, aten.add.Tensor, y, branch)
 
     def _choose(self, op: Any, args: Sequence[Any]) -> tuple[Kernel | None, list[tuple[str, str]]]:
         return kernels.choose(op, self.device, map_arg(tuple(args), _value))

@@ -89,6 +89,10 @@ class ArtifactError(WancompileError):
     """A model cannot be saved, or what was saved is damaged, foreign or newer."""
 
 
+class LoraError(WancompileError):
+    """A LoRA is of another model, broken, or changes what only a whole model can be changed in."""
+
+
 class GateError(WancompileError):
     """A compiled model is too far from the original, or holds NaN; `check` has all figures."""
 

@@ -105,11 +105,13 @@ QUANTIZED_OPS: frozenset[Any] = frozenset(
 FUSED_OPS: frozenset[Any] = QUANTIZED_OPS | {
     torch.ops.wancompile.add_gated.default,
     torch.ops.wancompile.gelu_quantize.default,
+    torch.ops.wancompile.low_rank_down.default,
     torch.ops.wancompile.norm_quantize.default,
     torch.ops.wancompile.norm_rotate.default,
     torch.ops.wancompile.norm_rotate_quantize.default,
     torch.ops.wancompile.repeated_rows.default,
     torch.ops.wancompile.residual_norm_quantize.default,
+    torch.ops.wancompile.scaled_linear_low_rank.default,
     torch.ops.wancompile.scaled_linear_residual.default,
 }
 

@@ -19,6 +19,7 @@ from wancompile.kernels.torch_linear import FP8_LINEAR_SCALED_MM, INT8_LINEAR_IN
 from wancompile.kernels.triton_activation import GELU_QUANTIZE_TRITON
 from wancompile.kernels.triton_attention import ATTENTION_TRITON
 from wancompile.kernels.triton_linear import LINEAR_TRITON
+from wancompile.kernels.triton_low_rank import LINEAR_LOW_RANK_TRITON, LOW_RANK_DOWN_TRITON
 from wancompile.kernels.triton_norm import (
     ADD_GATED_TRITON,
     NORM_QUANTIZE_TRITON,
@@ -34,6 +35,8 @@ KERNELS: tuple[Kernel, ...] = (
     FP8_LINEAR_SCALED_MM,
     INT8_LINEAR_INT_MM,
     LINEAR_RESIDUAL_HOPPER,
+    LINEAR_LOW_RANK_TRITON,
+    LOW_RANK_DOWN_TRITON,
     QUANTIZE_PER_TOKEN_TRITON,
     QUANTIZE_PER_HEAD_TRITON,
     GELU_QUANTIZE_TRITON,

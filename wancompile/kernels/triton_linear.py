@@ -46,6 +46,13 @@ linear_triton.register_fake(fake_scaled_linear)
 
 def fits_tensor_cores(device: torch.device, args: tuple[object, ...]) -> str | None:
     """The reason why a `scaled_linear` cannot, or should not, be one of the kernels for Hopper."""
+    weight = args[2]
+    assert isinstance(weight, Tensor)
+    return lacks_shapes(device, args) or _lacks_depth(weight.dtype, weight.shape[1])
+
+
+def lacks_shapes(device: torch.device, args: tuple[object, ...]) -> str | None:
+    """The reason why a `scaled_linear` cannot be one of the kernels for Hopper."""
     weight, bias, out_dtype = args[2], args[4], args[5]
     assert isinstance(weight, Tensor)
     assert isinstance(out_dtype, torch.dtype)
@@ -56,7 +63,6 @@ def fits_tensor_cores(device: torch.device, args: tuple[object, ...]) -> str | N
         or lacks_multiple("N", out_features, 16)
         or (lacks_float("the bias", bias.dtype) if isinstance(bias, Tensor) else None)
         or lacks_float("the output", out_dtype)
-        or _lacks_depth(weight.dtype, in_features)
     )
 
 

@@ -8,6 +8,7 @@ tests. How a result lies in memory does not depend on the strides of the inputs.
 from wancompile.ops.activation import gelu_quantize
 from wancompile.ops.attention import scaled_attention
 from wancompile.ops.linear import scaled_linear, scaled_linear_residual
+from wancompile.ops.low_rank import low_rank_down, scaled_linear_low_rank
 from wancompile.ops.norm import add_gated, norm_quantize, residual_norm_quantize
 from wancompile.ops.observe import observe_channels, observe_heads
 from wancompile.ops.quantize import quantize_per_head, quantize_per_token
@@ -17,6 +18,7 @@ from wancompile.ops.rows import repeated_rows
 __all__ = [
     "add_gated",
     "gelu_quantize",
+    "low_rank_down",
     "norm_quantize",
     "norm_rotate",
     "norm_rotate_quantize",
@@ -28,5 +30,6 @@ __all__ = [
     "residual_norm_quantize",
     "scaled_attention",
     "scaled_linear",
+    "scaled_linear_low_rank",
     "scaled_linear_residual",
 ]

@@ -41,15 +41,17 @@ _ONE_TURN = Tile(stages=1)
 _PERSISTENT = Tile(stages=3, persistent=True)
 
 
-def _fastest(x: Tensor, out: Tensor) -> Tile:
+def _fastest(x: Tensor, out: Tensor, low: Tensor | None) -> Tile:
     """Return the fastest tile on an H100 (`python -m benchmarks.kernels`) that fits into it.
+
+    A loop over a low rank stands in the way of a persistent program's, which are to be one.
 
     Shared memory holds the operands in flight and, where the loop ends within the same stretch of
     code (one turn only, or persistent), the result beside them: too much for 32-bit results.
     """
     if x.shape[1] <= _ONE_TURN.k:
         return _ONE_TURN
-    if x.dtype != INT8 and out.element_size() < 4:
+    if x.dtype != INT8 and out.element_size() < 4 and low is None:
         return _PERSISTENT
     return Tile()
 
@@ -64,6 +66,25 @@ def _corner(tile, rows, columns, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, G
     return (first + place % height) * BLOCK_M, place // height * BLOCK_N
 
 
+@triton.jit
+def _add_low_rank(value, low, up, at_row, at_column, rows, N: tl.constexpr, RANK: tl.constexpr):
+    """`value + low @ up.T`, sixteen directions at a time: little memory beside that of the sum."""
+    for start in tl.range(0, RANK, 16, num_stages=1):
+        direction = start + tl.arange(0, 16)
+        left = tl.load(
+            low + at_row[:, None].to(tl.int64) * RANK + direction[None, :],
+            mask=(at_row < rows)[:, None] & (direction < RANK)[None, :],
+            other=0.0,
+        )
+        right = tl.load(
+            up + at_column[:, None] * RANK + direction[None, :],
+            mask=(at_column < N)[:, None] & (direction < RANK)[None, :],
+            other=0.0,
+        )
+        value = tl.dot(left, right.T, value, input_precision="ieee")
+    return value
+
+
 @triton.jit(do_not_specialize=["rows"])
 def _linear(
     x,
@@ -72,6 +93,8 @@ def _linear(
     x_scale,
     weight_scale,
     bias,
+    low,
+    up,
     rows,
     N: tl.constexpr,
     K: tl.constexpr,
@@ -81,6 +104,7 @@ def _linear(
     GROUP: tl.constexpr,
     PERSISTENT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    RANK: tl.constexpr,
     SUM: tl.constexpr,
 ):
     """`x` and `weight` are descriptors: beyond their edges they load 0."""
@@ -97,6 +121,8 @@ def _linear(
         scale = tl.load(x_scale + at_row, mask=at_row < rows, other=0.0)
         value = total.to(tl.float32) * scale[:, None]
         value *= tl.load(weight_scale + at_column, mask=at_column < N, other=0.0)[None, :]
+        if RANK:
+            value = _add_low_rank(value, low, up, at_row, at_column, rows, N, RANK)
         if HAS_BIAS:
             value += tl.load(bias + at_column, mask=at_column < N, other=0.0).to(tl.float32)[
                 None, :
@@ -114,8 +140,11 @@ def launch(
     bias: Tensor | None,
     out: Tensor,
     tile: Tile | None = None,
+    *,
+    low: Tensor | None = None,
+    up: Tensor | None = None,
 ) -> None:
-    """Fill `out` with what `scaled_linear` computes.
+    """Fill `out` with what `scaled_linear` or, with `low` and `up`, `scaled_linear_low_rank` does.
 
     Args:
         x: `[M, K]`, int8 or e4m3; like all others contiguous and at an address divisible by 16.
@@ -125,8 +154,10 @@ def launch(
         bias: `[N]`, a float of at most 32 bits.
         out: `[M, N]`, a float of at most 32 bits; M > 0.
         tile: None for the fastest measured on an H100.
+        low: `[M, R]`, a float of at most 32 bits.
+        up: `[N, R]`, of the dtype of `low`.
     """
-    tile = tile or _fastest(x, out)
+    tile = tile or _fastest(x, out, low)
     rows, columns, depth = x.shape[0], weight.shape[0], x.shape[1]
     programs = triton.cdiv(rows, tile.m) * triton.cdiv(columns, tile.n)
     if tile.persistent and x.is_cuda:
@@ -138,6 +169,8 @@ def launch(
         x_scale,
         weight_scale,
         weight_scale if bias is None else bias,
+        weight_scale if low is None else low,
+        weight_scale if up is None else up,
         rows,
         N=columns,
         K=depth,
@@ -147,6 +180,7 @@ def launch(
         GROUP=tile.group,
         PERSISTENT=tile.persistent,
         HAS_BIAS=bias is not None,
+        RANK=0 if low is None else low.shape[1],
         SUM=tl.int32 if x.dtype == INT8 else tl.float32,
         num_warps=tile.warps,
         num_stages=tile.stages,
