@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 
+import wancompile
 from wancompile import presets
 from wancompile.artifact import document
 from wancompile.compiled import CompiledModel
-from wancompile.errors import InputError
+from wancompile.errors import ArtifactError, InputError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,8 +39,25 @@ def is_artifact(text: str) -> bool:
 
 
 def parts(folder: Path) -> dict[str, Path]:
-    """Return the folders of all models that a saved folder holds, by name: "" for the only one."""
-    return {"": folder}
+    """Return the folders of the models that a saved folder holds, by the names of experts.
+
+    A model that was saved alone has no name but "".
+
+    Raises:
+        ArtifactError: there is nothing that was saved, or its document is damaged.
+    """
+    experts = document.read(folder).get("experts")
+    if experts is None:
+        return {"": folder}
+    return {str(one["name"]): folder / str(one["name"]) for one in experts}
+
+
+def load_model(folder: Path, device: str = "cpu", *, verify: bool = True) -> CompiledModel:
+    """Load the one model in `folder`; raises what `wancompile.load` raises."""
+    found = wancompile.load(folder, device=device, verify=verify)
+    if not isinstance(found, CompiledModel):
+        raise ArtifactError(f"{folder} holds several models where one was expected")
+    return found
 
 
 def files(folder: Path) -> list[Path]:

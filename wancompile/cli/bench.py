@@ -17,7 +17,6 @@ import torch
 from tabulate import tabulate
 from torch import Tensor
 
-from wancompile.artifact.load import load
 from wancompile.cli import artifact, calls, target
 from wancompile.plan import peak_bytes
 from wancompile.units import nbytes, seconds
@@ -97,7 +96,7 @@ def _saved(
 ) -> tuple[Figures, dict[str, Tensor], artifact.Made]:
     """Measure a saved model; return with it the call and what it was made of."""
     begun = _begin()
-    model = load(folder, device=device)
+    model = artifact.load_model(folder, device=device)
     call = calls.random_call(model, 0, size)
     first, forwards = _times(model, call, begun, runs)
     peak = _peak(model.device) or peak_bytes()

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from wancompile.cli.target import Options
 from wancompile.compiled import CompiledModel
 from wancompile.errors import InputError
 from wancompile.ir import match
@@ -31,14 +32,14 @@ Size = str | Latent
 Shapes = dict[str, tuple[int, ...]]
 
 
-def add_size(parser: argparse.ArgumentParser) -> None:
+def add_size(parser: Options) -> None:
     """Add the option for the size of the latents."""
     parser.add_argument(
         "--size",
         type=size,
         metavar="SIZE",
         help=f"{', '.join(_USUAL)}, or frames, height and width of the latents as FxHxW, such as "
-        "21x60x104 (default: a size that it was compiled with)",
+        "21x60x104 (default: one at hand)",
     )
 
 
@@ -53,6 +54,11 @@ def size(text: str) -> Size:
         )
     frames, height, width = map(int, found.groups())
     return frames, height, width
+
+
+def latents(asked: Size, channels: int) -> Latent:
+    """Return the latents of a size; `channels` are those of the model's input."""
+    return _USUAL[asked][channels == _WIDE] if isinstance(asked, str) else asked
 
 
 def random_call(model: CompiledModel, seed: int, asked: Size | None = None) -> dict[str, Tensor]:
@@ -113,7 +119,7 @@ def _resized(shapes: Shapes, asked: Size) -> Shapes:
     video = next((one for one in shapes.values() if len(one) == 5), None)
     if video is None:
         raise InputError("the model takes no video: it has only the size it was compiled with")
-    new = _USUAL[asked][video[1] == _WIDE] if isinstance(asked, str) else asked
+    new = latents(asked, video[1])
     growth = math.prod(new) / math.prod(video[2:])
     return {name: _like(one, video, new, growth) for name, one in shapes.items()}
 

@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 
 import wancompile
-from wancompile.artifact.load import load
 from wancompile.cli import artifact, calls
 from wancompile.cli.calls import Size
 from wancompile.compiled import CompiledModel
+from wancompile.experts.compiled import CompiledPipeline
 from wancompile.gate.check import Check
 from wancompile.gate.limits import DEFAULT
 from wancompile.gate.text import check_text, summary
+from wancompile.start import device_of
 from wancompile.units import nbytes, plural
 
 _DESCRIPTION = """\
@@ -59,12 +60,16 @@ class Finding:
 
 def run(args: argparse.Namespace) -> int:
     """Check every model of the artifact, print what was found, and return the exit code."""
+    device = device_of(args.device)
+    # All bytes of all experts are compared here; an error names the file that has changed.
+    found = wancompile.load(args.artifact)
+    experts = found.experts if isinstance(found, CompiledPipeline) else {"": found}
+    print(_line(_files(args.artifact)))
     failed = 0
-    for part, folder in artifact.parts(args.artifact).items():
-        # All bytes are compared here; what fails is an error with the name of the file.
-        model = load(folder, device=args.device)
-        findings = [_files(folder), *check(model, args.size, args.against, part)]
-        print(f"{part or folder.resolve().name}: {model.report.recipe.name} of {_of(model)}")
+    for part in list(experts):
+        model = experts.pop(part).to(device)
+        findings = check(model, args.size, args.against, part)
+        print(f"{part or args.artifact.resolve().name}: {_of(model)}")
         print("\n".join(map(_line, findings)), flush=True)
         failed += sum(not one.passed for one in findings)
     print(f"{plural(failed, 'check')} failed" if failed else "all is well")
@@ -94,7 +99,7 @@ def _line(one: Finding) -> str:
 
 def _of(model: CompiledModel) -> str:
     groups = plural(len(model.report.groups), "group")
-    return f"{groups} of linears, {nbytes(model.nbytes)} in memory"
+    return f"{model.report.recipe.name}, {groups} of linears, {nbytes(model.nbytes)} in memory"
 
 
 def _files(folder: Path) -> Finding:

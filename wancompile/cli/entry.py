@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from textwrap import fill
 
 import wancompile
-from wancompile.cli import bench, check, demo, inspect, plan
+from wancompile.cli import bench, check, compile, demo, inspect, plan
 from wancompile.errors import WancompileError
 
 EXIT_OK, EXIT_ERROR, EXIT_INTERRUPTED = 0, 1, 130
@@ -21,11 +21,13 @@ examples:
   wancompile plan i2v-14b                what int8 would do, what a call costs
   wancompile inspect i2v-14b --layers 1  its graph, normalized, weightless
   wancompile inspect t2v-1.3b --tiny --to QUANTIZED --diff --site blocks.0
+  wancompile compile Wan2.1-T2V-14B --prompts prompts.txt --out wan-int8
+  wancompile check wan-int8              its files, weights and a forward
 
 exit codes: 0 done, 1 a check failed or an error explained on stderr,
   2 a wrong command line, 130 interrupted by Ctrl-C
 """
-_COMMANDS = (demo, plan, inspect, check, bench)
+_COMMANDS = (demo, plan, inspect, compile, check, bench)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 from wancompile.artifact import document
-from wancompile.artifact.load import load
 from wancompile.cli import artifact
 from wancompile.compiled import CompiledModel
 from wancompile.html import write_html
@@ -33,7 +32,7 @@ def run(args: argparse.Namespace) -> None:
     _refuse_making(args)
     for part, folder in artifact.parts(Path(args.target)).items():
         # `check` compares every byte; looking at a graph needs none of the weights.
-        model = load(folder, verify=False)
+        model = artifact.load_model(folder, verify=False)
         name = part or folder.resolve().name
         if args.html is not None:
             path = artifact.page(args.html, part)

@@ -16,7 +16,7 @@ from wancompile.errors import LevelError, RecipeError
 from wancompile.recipe import RECIPES, Recipe, resolve
 
 _USUAL = "int8"
-Options = argparse.ArgumentParser | argparse._MutuallyExclusiveGroup
+Options = argparse.ArgumentParser | argparse._ArgumentGroup
 
 
 @dataclass(frozen=True)
