@@ -40,7 +40,8 @@ LINEARS: tuple[Any, ...] = (
 class Slot:
     """Room for `rank` directions beside the stored weight `weight`, one tensor for all its readers.
 
-    `down [rank, K]` and `up [N, rank]` name stored tensors in the type of what the linear yields.
+    `down [rank, K]` and `up [N, rank]` name stored tensors in the type of the weight if it is a
+    float, and in that of the pass if it is not.
     Where `bias` names the stored bias of these linears, they read `shift [N]` fp32 in its place.
     """
 
@@ -66,9 +67,10 @@ class Slot:
 
 @dataclass(frozen=True)
 class AddLowRank:
-    """Add a branch to every linear that reads the weight of a slot."""
+    """Add a branch, computed in `dtype`, to every linear that reads the weight of a slot."""
 
     slots: tuple[Slot, ...]
+    dtype: torch.dtype
 
     name: ClassVar[str] = "add_low_rank"
     needs: ClassVar[Level] = Level.FUSED
@@ -82,7 +84,7 @@ class AddLowRank:
             slot = slots.get(str(weight_of(node).target))
             if slot is None or not match.is_constant(weight_of(node)):
                 continue
-            branch = _Branch(draft, node, slot)
+            branch = _Branch(draft, node, slot, self.dtype)
             _ADDED[node.target](branch)
             draft.did(slot.weight, f"room for rank {slot.rank}")
 
@@ -102,9 +104,10 @@ def bias_of(linear: Node) -> Any:
 class _Branch:
     """What is put beside one linear."""
 
-    def __init__(self, draft: Draft, node: Node, slot: Slot) -> None:
+    def __init__(self, draft: Draft, node: Node, slot: Slot, dtype: torch.dtype) -> None:
         self.draft, self.node, self.slot = draft, node, slot
         self._weight = match.val(weight_of(node))
+        self.dtype = self._weight.dtype if match.is_float_linear(node) else dtype
 
     def call(self, target: Any, *args: Any) -> Node:
         return self.draft.call(target, *args, before=self.node, like=self.node)
@@ -131,9 +134,8 @@ class _Branch:
 
     def _zeros(self, name: str, *shape: int) -> Node:
         if name not in self.draft.state:
-            dtype = match.val(self.node).dtype
             device = self.draft.state[self.slot.weight].device
-            self.draft.keep(name, torch.zeros(shape, dtype=dtype, device=device))
+            self.draft.keep(name, torch.zeros(shape, dtype=self.dtype, device=device))
         return self.draft.read(name, before=self.node)
 
 

@@ -47,7 +47,9 @@ class Branches:
         self._slots: dict[str, Slot] = {}
         self._lowered: Program | None = None
 
-    def load(self, fused: Program, loras: Loras, device: torch.device) -> Program | None:
+    def load(
+        self, fused: Program, loras: Loras, device: torch.device, dtype: torch.dtype
+    ) -> Program | None:
         """Have these LoRAs and no others; return the program that computes with them.
 
         It is None where none of them adds anything. After an error, everything is as it was.
@@ -56,9 +58,10 @@ class Branches:
             fused: the program that `places` are of.
             loras: by name, in the order in which they take their room.
             device: what the program is lowered for.
+            dtype: what branches beside 8-bit linears are computed in.
         """
         is_idle = not any(lora.scale for lora in loras.values())
-        lowered = None if is_idle else self._filled(fused, loras, device)
+        lowered = None if is_idle else self._filled(fused, loras, device, dtype)
         self.loras = MappingProxyType(dict(loras))
         return lowered
 
@@ -69,12 +72,14 @@ class Branches:
             moved = {name: tensors.get(name, tensor) for name, tensor in state.items()}
             self._lowered = replace(self._lowered, state=moved)
 
-    def _filled(self, fused: Program, loras: Loras, device: torch.device) -> Program:
+    def _filled(
+        self, fused: Program, loras: Loras, device: torch.device, dtype: torch.dtype
+    ) -> Program:
         members = self._members(loras)
         slots = self._slots_for(loras, members)
         lowered = self._lowered if slots == self._slots else None
         if lowered is None:
-            added = AddLowRank(tuple(slots.values()))
+            added = AddLowRank(tuple(slots.values()), dtype)
             lowered = pipeline.run(fused, (added, *passes.lowering(device)))
         # All of them before the first is written: whatever goes wrong has gone wrong by then.
         found = [

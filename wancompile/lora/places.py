@@ -135,19 +135,21 @@ def _float(program: Program) -> Iterator[tuple[str, Place]]:
         )
 
 
-def fitting(adapter: Adapter, known: Places) -> dict[str, Factors]:
-    """Return `adapter` once all of it has been found in the model.
+def fitting(adapter: Adapter, known: Places, *, strict: bool) -> dict[str, Factors]:
+    """Return what of `adapter` is in the model.
 
     Raises:
-        LoraError: a linear is not in the model, or has another shape there.
+        LoraError: a linear is not in the model (if not `strict`: no linear is), or has another
+            shape there.
     """
     strange = [path for path in adapter if path not in known]
-    if strange:
+    if strange and (strict or len(strange) == len(adapter)):
         raise LoraError(_strangers(strange, len(adapter), sorted(known)))
-    for path, factors in adapter.items():
+    found = {path: factors for path, factors in adapter.items() if path in known}
+    for path, factors in found.items():
         for place in known[path]:
             _check_shape(path, factors, place)
-    return dict(adapter)
+    return found
 
 
 def _strangers(strange: list[str], count: int, known: list[str]) -> str:
