@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import torch
 
@@ -19,6 +19,13 @@ class PipelinePart(torch.nn.Module):
     def dtype(self) -> torch.dtype:
         """The type that a pipeline casts inputs to."""
         raise NotImplementedError
+
+    def parameters(self, recurse: bool = True) -> Iterator[torch.nn.Parameter]:
+        """Yield the stored tensors, none of which can be trained.
+
+        accelerate asks the first one where the model is, others how many numbers it has.
+        """
+        return cast(Iterator[torch.nn.Parameter], self.buffers(recurse))
 
     def to(self, *args: Any, **kwargs: Any) -> Any:
         """Move to a device, or raise `TypeError` where a type is asked for.
