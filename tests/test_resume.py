@@ -15,6 +15,7 @@ from test_smooth import normal, stream
 
 import wancompile
 from wancompile.calibrate import Calibration
+from wancompile.digest import of_call
 from wancompile.errors import CalibrationError, InputError
 from wancompile.quant.stats import Stats
 from wancompile.resume import Resumable
@@ -70,6 +71,16 @@ def test_two_runs_learn_what_one_does(tmp_path, stop, live):
             assert other is None  # nobody reads it, so nothing ran
         else:
             assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_timesteps_may_be_expanded_as_pipelines_do(size):
+    call = {"timestep": torch.tensor(7).expand(size)}
+    plain = {"timestep": torch.full((size,), 7)}
+    assert of_call(call, "", values=True) == of_call(plain, "", values=True)
+    assert of_call({"timestep": plain["timestep"] + 1}, "", values=True) != of_call(
+        plain, "", values=True
+    )
 
 
 def test_more_data_may_come_later(tmp_path):

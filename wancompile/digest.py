@@ -44,5 +44,6 @@ def of_call(call: Mapping[str, Any], label: str, *, values: bool) -> str:
 
 
 def _bytes(tensor: torch.Tensor) -> bytes:
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return flat.view(torch.uint8).numpy().tobytes()
+    flat = tensor.detach().cpu().contiguous()
+    # One number may have any stride, 0 where it was expanded, and then cannot be viewed as bytes.
+    return flat.as_strided((flat.numel(),), (1,)).view(torch.uint8).numpy().tobytes()
