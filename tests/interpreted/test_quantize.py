@@ -2,7 +2,11 @@ import pytest
 import torch
 
 from wancompile import ops
-from wancompile.kernels.triton_quantize import quantize_per_head_triton, quantize_per_token_triton
+from wancompile.kernels.triton_quantize import (
+    quantize_per_head_triton,
+    quantize_per_tensor_triton,
+    quantize_per_token_triton,
+)
 from wancompile.quant.numerics import FP8, INT8, SMALLEST_SCALE
 
 DTYPES = [INT8, FP8]
@@ -94,3 +98,15 @@ def test_no_tokens_give_no_output(dtype):
     q, scale = quantize_per_token_triton(torch.empty(0, 8), None, dtype)
     assert (q.shape, scale.shape) == ((0, 8), (0, 1))
     assert quantize_per_head_triton(torch.empty(1, 2, 0, 8), torch.ones(2), dtype).shape[2] == 0
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 16), (3, 13824), (2, 5, 100)])
+@pytest.mark.parametrize("smooth", [True, False])
+def test_per_tensor_is_the_plain_body_bit_for_bit(dtype, shape, smooth):
+    inv_smooth = torch.rand(shape[-1]) + 0.1 if smooth else None
+    x = outliers(*shape)
+    scale = (x.abs().max() / 1000).clamp(1e-3).reshape(1)  # some values saturate
+    out = quantize_per_tensor_triton(x, inv_smooth, scale, dtype)
+    assert same([out], [ops.quantize_per_tensor(x, inv_smooth, scale, dtype)])
+    assert quantize_per_tensor_triton(x[:0], None, scale, dtype).shape == (0, *shape[1:])

@@ -97,6 +97,7 @@ OBSERVER_OPS: frozenset[Any] = frozenset(
 QUANTIZED_OPS: frozenset[Any] = frozenset(
     {
         torch.ops.wancompile.quantize_per_token.default,
+        torch.ops.wancompile.quantize_per_tensor.default,
         torch.ops.wancompile.scaled_linear.default,
         torch.ops.wancompile.quantize_per_head.default,
         torch.ops.wancompile.scaled_attention.default,
@@ -105,6 +106,7 @@ QUANTIZED_OPS: frozenset[Any] = frozenset(
 FUSED_OPS: frozenset[Any] = QUANTIZED_OPS | {
     torch.ops.wancompile.add_gated.default,
     torch.ops.wancompile.gelu_quantize.default,
+    torch.ops.wancompile.linear_gelu_quantize.default,
     torch.ops.wancompile.low_rank_down.default,
     torch.ops.wancompile.norm_quantize.default,
     torch.ops.wancompile.norm_rotate.default,

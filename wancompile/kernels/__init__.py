@@ -14,11 +14,13 @@ from wancompile.kernels.base import Kernel
 from wancompile.kernels.fa3_attention import ATTENTION_FA3
 from wancompile.kernels.hopper_attention import ATTENTION_HOPPER
 from wancompile.kernels.hopper_linear import LINEAR_HOPPER, LINEAR_RESIDUAL_HOPPER
+from wancompile.kernels.hopper_linear_gelu import LINEAR_GELU_QUANTIZE_HOPPER
 from wancompile.kernels.torch_attention import ATTENTION_CUDNN, ATTENTION_DEQUANTIZE_SDPA
 from wancompile.kernels.torch_linear import FP8_LINEAR_SCALED_MM, INT8_LINEAR_INT_MM
 from wancompile.kernels.triton_activation import GELU_QUANTIZE_TRITON
 from wancompile.kernels.triton_attention import ATTENTION_TRITON
 from wancompile.kernels.triton_linear import LINEAR_TRITON
+from wancompile.kernels.triton_linear_gelu import LINEAR_GELU_QUANTIZE_TRITON
 from wancompile.kernels.triton_low_rank import LINEAR_LOW_RANK_TRITON, LOW_RANK_DOWN_TRITON
 from wancompile.kernels.triton_norm import (
     ADD_GATED_TRITON,
@@ -26,7 +28,11 @@ from wancompile.kernels.triton_norm import (
     RESIDUAL_NORM_QUANTIZE_TRITON,
     RMS_NORM_TRITON,
 )
-from wancompile.kernels.triton_quantize import QUANTIZE_PER_HEAD_TRITON, QUANTIZE_PER_TOKEN_TRITON
+from wancompile.kernels.triton_quantize import (
+    QUANTIZE_PER_HEAD_TRITON,
+    QUANTIZE_PER_TENSOR_TRITON,
+    QUANTIZE_PER_TOKEN_TRITON,
+)
 from wancompile.kernels.triton_rotary import NORM_ROTATE_QUANTIZE_TRITON, NORM_ROTATE_TRITON
 
 KERNELS: tuple[Kernel, ...] = (
@@ -35,10 +41,13 @@ KERNELS: tuple[Kernel, ...] = (
     FP8_LINEAR_SCALED_MM,
     INT8_LINEAR_INT_MM,
     LINEAR_RESIDUAL_HOPPER,
+    LINEAR_GELU_QUANTIZE_HOPPER,
+    LINEAR_GELU_QUANTIZE_TRITON,
     LINEAR_LOW_RANK_TRITON,
     LOW_RANK_DOWN_TRITON,
     QUANTIZE_PER_TOKEN_TRITON,
     QUANTIZE_PER_HEAD_TRITON,
+    QUANTIZE_PER_TENSOR_TRITON,
     GELU_QUANTIZE_TRITON,
     NORM_ROTATE_TRITON,
     NORM_ROTATE_QUANTIZE_TRITON,

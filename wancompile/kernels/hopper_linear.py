@@ -12,6 +12,7 @@ from wancompile.ops.linear import (
     check_scaled_linear_residual,
     fake_scaled_linear,
     fake_scaled_linear_residual,
+    row_scales,
 )
 
 
@@ -33,7 +34,7 @@ def linear_hopper(
 
         jit.launch(
             aligned(rows),
-            x_scale.contiguous(),
+            row_scales(x_scale),
             aligned(weight),
             weight_scale.contiguous(),
             None if bias is None else bias.contiguous(),
@@ -68,11 +69,13 @@ def linear_residual_hopper(
     weight, weight_scale = aligned(weight), weight_scale.contiguous()
     bias = None if bias is None else bias.contiguous()
     gates = _gates(gate)
-    parts = (_parts(rows, len(gates)) for rows in (x, x_scale, residual, out))
-    for q, scale, added, to, factors in zip(*parts, gates, strict=True):
+    one = x_scale.dim() == 1
+    scales = [x_scale] * len(gates) if one else _parts(x_scale, len(gates))
+    parts = (_parts(rows, len(gates)) for rows in (x, residual, out))
+    for q, added, to, scale, factors in zip(*parts, scales, gates, strict=True):
         jit.launch(
             aligned(q),
-            scale.contiguous(),
+            row_scales(scale),
             weight,
             weight_scale,
             bias,

@@ -34,7 +34,7 @@ def fp8_linear_scaled_mm(
     out = torch._scaled_mm(
         rows,
         weight.contiguous().t(),
-        scale_a=x_scale.reshape(-1, 1).contiguous(),
+        scale_a=x_scale.reshape(-1, 1).expand(rows.shape[0], 1).contiguous(),
         scale_b=weight_scale.reshape(1, -1).contiguous(),
         bias=bias.to(torch.bfloat16) if bias is not None and takes_bias else None,
         out_dtype=torch.bfloat16,

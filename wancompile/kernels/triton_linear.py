@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from wancompile.kernels.base import Kernel, aligned, lacks_float, lacks_hopper, lacks_multiple
-from wancompile.ops.linear import check_scaled_linear, fake_scaled_linear
+from wancompile.ops.linear import check_scaled_linear, fake_scaled_linear, row_scales
 from wancompile.quant.numerics import FP8
 
 _SHALLOW = 1536  # 1,234 TFLOP/s to 1,135; at 5,120 it is 1,247 to 1,319
@@ -32,7 +32,7 @@ def linear_triton(
 
         linear.launch(
             aligned(rows),
-            x_scale.contiguous(),
+            row_scales(x_scale),
             aligned(weight),
             weight_scale.contiguous(),
             None if bias is None else bias.contiguous(),

@@ -1,4 +1,4 @@
-"""`quantize_per_token` and `quantize_per_head` in one pass over memory."""
+"""`quantize_per_token`, `_per_tensor` and `_per_head` in one pass over memory."""
 
 import torch
 from torch import Tensor
@@ -6,8 +6,10 @@ from torch import Tensor
 from wancompile.kernels.base import Kernel, lacks_triton_device
 from wancompile.ops.quantize import (
     check_per_head,
+    check_per_tensor,
     check_per_token,
     fake_quantize_per_head,
+    fake_quantize_per_tensor,
     fake_quantize_per_token,
 )
 from wancompile.quant.numerics import FP8
@@ -32,6 +34,21 @@ def quantize_per_token_triton(
     return q, scale
 
 
+@torch.library.custom_op("wancompile_kernels::quantize_per_tensor_triton", mutates_args=())
+def quantize_per_tensor_triton(
+    x: Tensor, inv_smooth: Tensor | None, scale: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """`quantize_per_tensor`, bit for bit as a CPU computes it."""
+    check_per_tensor(x, inv_smooth, scale, dtype)
+    q = x.new_empty(x.shape, dtype=dtype)
+    if q.numel():
+        from wancompile.kernels.jit import quantize
+
+        smooth = None if inv_smooth is None else inv_smooth.contiguous()
+        quantize.launch_per_tensor(as_rows(x), smooth, scale, q)
+    return q
+
+
 @torch.library.custom_op("wancompile_kernels::quantize_per_head_triton", mutates_args=())
 def quantize_per_head_triton(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """`quantize_per_head`, bit for bit as a CPU computes it, from any strides."""
@@ -45,6 +62,7 @@ def quantize_per_head_triton(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Te
 
 
 quantize_per_token_triton.register_fake(fake_quantize_per_token)
+quantize_per_tensor_triton.register_fake(fake_quantize_per_tensor)
 quantize_per_head_triton.register_fake(fake_quantize_per_head)
 
 
@@ -72,6 +90,10 @@ def _supports_per_token(device: torch.device, args: tuple[object, ...]) -> str |
     return lacks_type(device, args[2]) or lacks_row(args[0])
 
 
+def _supports_per_tensor(device: torch.device, args: tuple[object, ...]) -> str | None:
+    return lacks_type(device, args[3]) or lacks_row(args[0])
+
+
 def _supports_per_head(device: torch.device, args: tuple[object, ...]) -> str | None:
     return lacks_type(device, args[2]) or lacks_row(args[0], "the head size", _MOST_HEAD_CHANNELS)
 
@@ -81,6 +103,12 @@ QUANTIZE_PER_TOKEN_TRITON = Kernel(
     torch.ops.wancompile.quantize_per_token.default,
     torch.ops.wancompile_kernels.quantize_per_token_triton.default,
     _supports_per_token,
+)
+QUANTIZE_PER_TENSOR_TRITON = Kernel(
+    "quantize_per_tensor_triton",
+    torch.ops.wancompile.quantize_per_tensor.default,
+    torch.ops.wancompile_kernels.quantize_per_tensor_triton.default,
+    _supports_per_tensor,
 )
 QUANTIZE_PER_HEAD_TRITON = Kernel(
     "quantize_per_head_triton",

@@ -23,6 +23,11 @@ def is_scale(scale: Tensor, *shape: int) -> bool:
     return scale.dtype == torch.float32 and tuple(scale.shape) == shape
 
 
+def is_input_scale(scale: Tensor, x: Tensor) -> bool:
+    """Whether `scale` is fp32 `[..., 1]`, one for each token of `x [..., K]`, or `[1]` for all."""
+    return is_scale(scale, 1) or is_scale(scale, *x.shape[:-1], 1)
+
+
 def _describe(value: Tensor | torch.dtype | None) -> str:
     if isinstance(value, Tensor):
         return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"

@@ -5,7 +5,7 @@ import functools
 import torch
 from torch import Tensor
 
-from wancompile.ops.check import is_8bit, is_scale, require
+from wancompile.ops.check import is_8bit, is_input_scale, is_scale, require
 from wancompile.ops.chunk import row_chunks
 from wancompile.quant.numerics import INT8, QMAX, decode
 
@@ -26,7 +26,7 @@ def scaled_linear(
 
     Args:
         x: `[..., K]`, int8 or e4m3.
-        x_scale: `[..., 1]` fp32, per token.
+        x_scale: `[..., 1]` fp32, per token, or `[1]` for all tokens.
         weight: `[N, K]`, of the dtype of `x`.
         weight_scale: `[N, 1]` fp32, per output channel.
         bias: `[N]`, any float dtype.
@@ -37,7 +37,8 @@ def scaled_linear(
         products are exact in fp32 and summed there. The epilogue is fp32, in the order above.
     """
     check_scaled_linear(x, x_scale, weight, weight_scale, bias, out_dtype)
-    tokens, scales = x.reshape(-1, x.shape[-1]), x_scale.reshape(-1, 1)
+    tokens = x.reshape(-1, x.shape[-1])
+    scales = x_scale.reshape(-1, 1).expand(tokens.shape[0], 1)
     multiplier = weight.contiguous() if x.dtype == INT8 else decode(weight)
     multiply = int8_matmul if x.dtype == INT8 else _fp8_matmul
     out = x.new_empty((tokens.shape[0], weight.shape[0]), dtype=out_dtype)
@@ -75,7 +76,7 @@ def scaled_linear_residual(
 
     Args:
         x: `[B, S, K]`, int8 or e4m3.
-        x_scale: `[B, S, 1]` fp32, per token.
+        x_scale: `[B, S, 1]` fp32, per token, or `[1]` for all tokens.
         weight: `[N, K]`, of the dtype of `x`.
         weight_scale: `[N, 1]` fp32, per output channel.
         bias: `[N]`, any float dtype, or None.
@@ -141,14 +142,19 @@ def check_scaled_linear(
     fits = is_8bit(x.dtype) and weight.dtype == x.dtype and out_dtype.is_floating_point
     fits = fits and x.dim() >= 1 and weight.dim() == 2 and x.shape[-1] == weight.shape[1]
     fits = fits and is_scale(weight_scale, weight.shape[0], 1)
-    fits = fits and is_scale(x_scale, *x.shape[:-1], 1)
+    fits = fits and is_input_scale(x_scale, x)
     if bias is not None:
         fits = fits and bias.is_floating_point() and bias.shape == weight.shape[:1]
     need = (
-        "x [..., K] and weight [N, K] both int8 or both float8_e4m3fn, x_scale float32[..., 1], "
-        "weight_scale float32[N, 1], bias float[N] or None, a float out_dtype"
+        "x [..., K] and weight [N, K] both int8 or both float8_e4m3fn, x_scale float32[..., 1] or "
+        "[1], weight_scale float32[N, 1], bias float[N] or None, a float out_dtype"
     )
     require(fits, "scaled_linear", need, x, x_scale, weight, weight_scale, bias, out_dtype)
+
+
+def row_scales(x_scale: Tensor) -> Tensor:
+    """Return the scales of tokens as a contiguous `[M, 1]`, or the `[1]` of all tokens as it is."""
+    return x_scale if x_scale.dim() == 1 else x_scale.reshape(-1, 1).contiguous()
 
 
 def int8_matmul(x: Tensor, weight: Tensor) -> Tensor:

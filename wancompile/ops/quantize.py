@@ -1,4 +1,4 @@
-"""Float activations to 8 bits: per token with a dynamic scale, per head with a static one."""
+"""Float activations to 8 bits: by dynamic scales per token, by static ones per head or tensor."""
 
 import torch
 from torch import Tensor
@@ -62,6 +62,36 @@ def fake_quantize_per_head(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tens
     return x.new_empty(x.shape, dtype=dtype)
 
 
+@torch.library.custom_op("wancompile::quantize_per_tensor", mutates_args=())
+def quantize_per_tensor(
+    x: Tensor, inv_smooth: Tensor | None, scale: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """Quantize by one static, calibrated scale; what lies outside of its range saturates.
+
+    Args:
+        x: `[..., K]`, any float dtype.
+        inv_smooth: `[K]` fp32 or None, see `quantize_per_token`.
+        scale: `[1]` fp32.
+        dtype: int8 or e4m3. int8 cannot show a NaN here (see `numerics.quantize`).
+
+    Returns:
+        `[..., K]` in `dtype`, contiguous, so that the result times `scale` is near
+        `x * inv_smooth`.
+    """
+    check_per_tensor(x, inv_smooth, scale, dtype)
+    smoothed = x if inv_smooth is None else x.to(torch.float32) * inv_smooth
+    return quantize(smoothed, scale, dtype).contiguous()
+
+
+@quantize_per_tensor.register_fake
+def fake_quantize_per_tensor(
+    x: Tensor, inv_smooth: Tensor | None, scale: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """Shape and dtype of `quantize_per_tensor` and of its kernels."""
+    check_per_tensor(x, inv_smooth, scale, dtype)
+    return x.new_empty(x.shape, dtype=dtype)
+
+
 def check_per_token(x: Tensor, inv_smooth: Tensor | None, dtype: torch.dtype) -> None:
     """Raise InputError unless the arguments are those of `quantize_per_token`."""
     fits = x.dim() >= 1 and x.is_floating_point() and is_8bit(dtype)
@@ -69,6 +99,15 @@ def check_per_token(x: Tensor, inv_smooth: Tensor | None, dtype: torch.dtype) ->
         fits = fits and is_scale(inv_smooth, x.shape[-1])
     need = "x float[..., K], inv_smooth float32[K] or None, dtype int8 or float8_e4m3fn"
     require(fits, "quantize_per_token", need, x, inv_smooth, dtype)
+
+
+def check_per_tensor(
+    x: Tensor, inv_smooth: Tensor | None, scale: Tensor, dtype: torch.dtype
+) -> None:
+    """Raise InputError unless the arguments are those of `quantize_per_tensor`."""
+    check_per_token(x, inv_smooth, dtype)
+    need = "scale float32[1]"
+    require(is_scale(scale, 1), "quantize_per_tensor", need, scale)
 
 
 def check_per_head(x: Tensor, scale: Tensor, dtype: torch.dtype) -> None:

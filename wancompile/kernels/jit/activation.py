@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import triton
 import triton.language as tl
@@ -21,18 +22,33 @@ from wancompile.kernels.jit.rows import (
 )
 
 # x Phi(x) ~ x / (1 + exp(-2 u)), u = sqrt(2 / pi) (x + 0.044715 x^3); as powers of two:
-_LINEAR = tl.constexpr(-2 * math.log2(math.e) * math.sqrt(2 / math.pi))
-_CUBIC = tl.constexpr(0.044715 * -2 * math.log2(math.e) * math.sqrt(2 / math.pi))
-_ONE_OVER_ROOT_2 = tl.constexpr(math.sqrt(0.5))
+LINEAR = tl.constexpr(-2 * math.log2(math.e) * math.sqrt(2 / math.pi))
+CUBIC = tl.constexpr(0.044715 * -2 * math.log2(math.e) * math.sqrt(2 / math.pi))
+ONE_OVER_ROOT_2 = tl.constexpr(math.sqrt(0.5))
+
+
+@dataclass(frozen=True, eq=False)
+class Gelu:
+    """GELU and the rounding of its output, behind a product.
+
+    Attributes:
+        form: "none" or "tanh", as in `gelu_quantize`.
+        inv_smooth: `[N]` fp32, contiguous, or None.
+        out_scale: `[1]` fp32.
+    """
+
+    form: str
+    inv_smooth: Tensor | None
+    out_scale: Tensor
 
 
 @triton.jit
-def _gelu(x, TANH: tl.constexpr):
+def gelu(x, TANH: tl.constexpr):
     """GELU of fp32 values; the tanh of its approximation is a quotient of exponentials."""
     if TANH:
-        y = x / (1.0 + tl.exp2(x * tl.fma(x * x, _CUBIC, _LINEAR)))
+        y = x / (1.0 + tl.exp2(x * tl.fma(x * x, CUBIC, LINEAR)))
     else:
-        y = 0.5 * x * (1.0 + tl.erf(x * _ONE_OVER_ROOT_2))
+        y = 0.5 * x * (1.0 + tl.erf(x * ONE_OVER_ROOT_2))
     return y
 
 
@@ -54,7 +70,7 @@ def _gelu_quantize(
     values = widen_row(load_row(x + row * x_stride, K, CHUNK))
     activated = ()
     for i in tl.static_range(len(values)):
-        activated += (_gelu(values[i], TANH),)
+        activated += (gelu(values[i], TANH),)
     activated = smooth_row(activated, inv_smooth, K, CHUNK)
     quantize_row(activated, out + row * K, scales + row, K, CHUNK, IS_INT8, QMAX, SMALLEST)
 

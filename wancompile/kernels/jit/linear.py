@@ -10,7 +10,9 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from wancompile.quant.numerics import INT8
+from wancompile.kernels.jit.activation import Gelu, gelu
+from wancompile.kernels.jit.rows import saturate, to_8bit
+from wancompile.quant.numerics import INT8, QMAX
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,15 @@ def _add_low_rank(value, low, up, at_row, at_column, rows, N: tl.constexpr, RANK
     return value
 
 
+@triton.jit
+def _activated(value, inv_smooth, out_scale, at_column, N: tl.constexpr, GELU: tl.constexpr):
+    """GELU of a tile, in steps of the scale that it will be rounded by."""
+    value = gelu(value, GELU == "tanh")
+    if inv_smooth is not None:
+        value *= tl.load(inv_smooth + at_column, mask=at_column < N, other=0.0)[None, :]
+    return value * tl.div_rn(1.0, tl.load(out_scale))
+
+
 @triton.jit(do_not_specialize=["rows"])
 def _linear(
     x,
@@ -95,6 +106,8 @@ def _linear(
     bias,
     low,
     up,
+    inv_smooth,
+    out_scale,
     rows,
     N: tl.constexpr,
     K: tl.constexpr,
@@ -106,8 +119,14 @@ def _linear(
     HAS_BIAS: tl.constexpr,
     RANK: tl.constexpr,
     SUM: tl.constexpr,
+    EACH: tl.constexpr,
+    GELU: tl.constexpr,
+    QMAX: tl.constexpr,
 ):
-    """`x` and `weight` are descriptors: beyond their edges they load 0."""
+    """`x` and `weight` are descriptors: beyond their edges they load 0.
+
+    `EACH` is 1 where each row has a scale, and 0 where all have one.
+    """
     tiles = tl.cdiv(rows, BLOCK_M) * tl.cdiv(N, BLOCK_N)
     for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=PERSISTENT):
         row, column = _corner(tile, rows, N, BLOCK_M, BLOCK_N, GROUP)
@@ -118,7 +137,7 @@ def _linear(
             total = tl.dot(left, right.T, total, out_dtype=SUM)
         at_row = row + tl.arange(0, BLOCK_M)
         at_column = column + tl.arange(0, BLOCK_N)
-        scale = tl.load(x_scale + at_row, mask=at_row < rows, other=0.0)
+        scale = tl.load(x_scale + at_row * EACH, mask=at_row < rows, other=0.0)
         value = total.to(tl.float32) * scale[:, None]
         value *= tl.load(weight_scale + at_column, mask=at_column < N, other=0.0)[None, :]
         if RANK:
@@ -127,6 +146,9 @@ def _linear(
             value += tl.load(bias + at_column, mask=at_column < N, other=0.0).to(tl.float32)[
                 None, :
             ]
+        if GELU is not None:
+            value = _activated(value, inv_smooth, out_scale, at_column, N, GELU)
+            value = to_8bit(saturate(value, QMAX), out.dtype.element_ty == tl.int8)
         to = out + at_row[:, None].to(tl.int64) * N + at_column[None, :]
         inside = (at_row < rows)[:, None] & (at_column < N)[None, :]
         tl.store(to, value.to(out.dtype.element_ty), mask=inside)
@@ -143,19 +165,24 @@ def launch(
     *,
     low: Tensor | None = None,
     up: Tensor | None = None,
+    activation: Gelu | None = None,
 ) -> None:
-    """Fill `out` with what `scaled_linear` or, with `low` and `up`, `scaled_linear_low_rank` does.
+    """Fill `out` with what `scaled_linear` yields.
+
+    With `low` and `up` it is what `scaled_linear_low_rank` yields, and with `activation`
+    what `linear_gelu_quantize` does.
 
     Args:
         x: `[M, K]`, int8 or e4m3; like all others contiguous and at an address divisible by 16.
-        x_scale: M fp32 numbers.
+        x_scale: `[M, 1]` fp32, or `[1]` for all rows.
         weight: `[N, K]`, of the dtype of `x`; K and N are multiples of 16.
         weight_scale: N fp32 numbers.
         bias: `[N]`, a float of at most 32 bits.
-        out: `[M, N]`, a float of at most 32 bits; M > 0.
+        out: `[M, N]`, a float of at most 32 bits, or with `activation` int8 or e4m3; M > 0.
         tile: None for the fastest measured on an H100.
         low: `[M, R]`, a float of at most 32 bits.
         up: `[N, R]`, of the dtype of `low`.
+        activation: what comes after the linear.
     """
     tile = tile or _fastest(x, out, low)
     rows, columns, depth = x.shape[0], weight.shape[0], x.shape[1]
@@ -171,6 +198,8 @@ def launch(
         weight_scale if bias is None else bias,
         weight_scale if low is None else low,
         weight_scale if up is None else up,
+        activation.inv_smooth if activation else None,
+        activation.out_scale if activation else weight_scale,
         rows,
         N=columns,
         K=depth,
@@ -182,6 +211,9 @@ def launch(
         HAS_BIAS=bias is not None,
         RANK=0 if low is None else low.shape[1],
         SUM=tl.int32 if x.dtype == INT8 else tl.float32,
+        EACH=0 if x_scale.shape == (1,) else 1,
+        GELU=activation.form if activation else None,
+        QMAX=float(QMAX[out.dtype]) if activation else 0.0,
         num_warps=tile.warps,
         num_stages=tile.stages,
         enable_fp_fusion=False,  # a fused multiply-add would round once less than the plain body

@@ -27,6 +27,8 @@ an edge are loaded as zeros, all their bytes counted, and are not stored.
 
 A residual does not pass through the ring: each consumer loads its own, a few steps into a tile,
 into the buffers through which the result will leave. See `linear_hopper_store`.
+
+With a static scale for what comes behind GELU, the result is rounded to 8 bits on its way out.
 """
 
 from __future__ import annotations
@@ -47,6 +49,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from wancompile.kernels.jit.activation import Gelu
 from wancompile.kernels.jit.linear_hopper_store import (
     column_factors,
     fetch,
@@ -62,6 +65,7 @@ _ROWS = gl.constexpr(64)  # of one wgmma instruction: what the four warps of a c
 _BLOCK_M = gl.constexpr(128)  # rows of all consumers
 _LINE = gl.constexpr(128)  # bytes of the widest swizzle: one row of a stage or of a result buffer
 _SOON = gl.constexpr(512)  # columns of operands: while they multiply, the result before leaves
+_HALF_LINE = 64  # bytes of a row of a result in 8 bits: the factors of more columns fill registers
 _WIDEST_INT8 = 128  # columns: what PTX has beyond it, Triton does not write, or is no power of two
 
 
@@ -85,6 +89,7 @@ class Tile:
 
 _BUFFERED = Tile(stages=3, buffers=4)  # the buffers hold a tile of 16-bit floats,
 _NARROW = Tile(n=128, buffers=4)  # or this one of 32-bit floats
+_SMALL = Tile(buffers=4)  # or a tile of 8 bits
 
 
 @gluon.jit
@@ -149,8 +154,8 @@ def _multiply(total, ring, place, START: gl.constexpr, END: gl.constexpr, PART: 
 
 @gluon.jit
 def _consume(
-    out, ring, buffers, by, added, rows, N: gl.constexpr, K: gl.constexpr,
-    GROUP: gl.constexpr, INSTRUCTION: gl.constexpr, PART: gl.constexpr,
+    out, ring, buffers, by, added, rows, N: gl.constexpr, K: gl.constexpr, GROUP: gl.constexpr,
+    INSTRUCTION: gl.constexpr, EACH: gl.constexpr, GELU: gl.constexpr, PART: gl.constexpr,
 ):  # fmt: skip
     """Multiply, scale and store rows `64 * PART` to `64 * PART + 63` of every tile."""
     lefts, rights, _full, empty = ring
@@ -168,7 +173,7 @@ def _consume(
     for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
         row, column = _corner(tile, rows, N, BLOCK_N, GROUP)
         row += PART * _ROWS
-        row_scale = values(by[0], row, rows, _ROWS, gl.SliceLayout(1, CHUNK))
+        row_scale = values(by[0], row, rows, _ROWS, gl.SliceLayout(1, CHUNK), EACH)
         factors = column_factors(by, column, N, WIDTH, CHUNK)
         total = gl.zeros([_ROWS, BLOCK_N], SUM, SUMS)
         total, place = _multiply(total, ring, place, 0, SOON, PART)
@@ -180,19 +185,22 @@ def _consume(
         if HAS_RESIDUAL:
             mbarrier.wait(there.index(PART), parity)
             parity = 1 - parity
-        store(out, total, buffers, row_scale, factors, by, row, column, N, CHUNK, HAS_RESIDUAL)
+        store(
+            out, total, buffers, row_scale, factors, by, row, column, N, CHUNK, HAS_RESIDUAL, GELU
+        )
     tma.store_wait(0)
 
 
 @gluon.jit(do_not_specialize=["rows"])
 def _linear_hopper(
-    x, weight, out, x_scale, weight_scale, bias, residual, gate, rows,
+    x, weight, out, x_scale, weight_scale, bias, residual, gate, out_scale, rows,
     N: gl.constexpr, K: gl.constexpr, STAGES: gl.constexpr, BUFFERS: gl.constexpr,
-    GROUP: gl.constexpr, INSTRUCTION: gl.constexpr,
+    GROUP: gl.constexpr, INSTRUCTION: gl.constexpr, EACH: gl.constexpr, GELU: gl.constexpr,
 ):  # fmt: skip
     """The first three and `residual` are descriptors: beyond edges they load 0, store nothing.
 
-    `bias`, `residual` and `gate` may be None.
+    `bias`, `residual`, `gate` and `out_scale` may be None. `EACH` is 1 where each row has a scale,
+    and 0 where all have one.
     """
     BLOCK_N: gl.constexpr = weight.block_shape[0]
     WIDTH: gl.constexpr = out.block_shape[1]
@@ -210,12 +218,12 @@ def _linear_hopper(
         added = (residual, make_barriers(_CONSUMERS, 1))
     fence_async_shared()
     ring = (lefts, rights, full, empty)
-    by = (x_scale, weight_scale, bias, gate)
+    by = (x_scale, weight_scale, bias, gate, out_scale)
     # The first consumer is the program's own four warps; it has the registers that are left over.
     gl.warp_specialize(
         [
-            (_consume, (out, ring, to0, by, added, rows, N, K, GROUP, INSTRUCTION, 0)),
-            (_consume, (out, ring, to1, by, added, rows, N, K, GROUP, INSTRUCTION, 1)),
+            (_consume, (out, ring, to0, by, added, rows, N, K, GROUP, INSTRUCTION, EACH, GELU, 0)),
+            (_consume, (out, ring, to1, by, added, rows, N, K, GROUP, INSTRUCTION, EACH, GELU, 1)),
             (_produce, (x, weight, ring, rows, N, K, GROUP)),
         ],
         [4, 1],
@@ -233,33 +241,39 @@ def launch(
     tile: Tile | None = None,
     residual: Tensor | None = None,
     gate: Tensor | None = None,
+    activation: Gelu | None = None,
 ) -> None:
-    """Fill `out` with what `scaled_linear`, or with a residual `scaled_linear_residual`, computes.
+    """Fill `out` with what `scaled_linear` computes.
+
+    With a residual it is what `scaled_linear_residual` computes, and with `activation` what
+    `linear_gelu_quantize` does.
 
     Args:
         x: `[M, K]`, int8 or e4m3; like all others contiguous and at an address divisible by 16.
-        x_scale: M fp32 numbers.
+        x_scale: `[M, 1]` fp32, or `[1]` for all rows.
         weight: `[N, K]`, of the dtype of `x`; K and N are multiples of 16.
         weight_scale: N fp32 numbers.
         bias: `[N]`, a float of at most 32 bits.
-        out: `[M, N]`, a float of 16 or 32 bits; M > 0.
+        out: `[M, N]`, a float of 16 or 32 bits, or with `activation` int8 or e4m3; M > 0.
         tile: None for the fastest measured on an H100.
         residual: `[M, N]`, of the dtype of `out`.
         gate: `[N]` fp32; only with a residual, and None is 1.
+        activation: what comes after the linear; only without a residual.
     """
-    tile = tile or _fastest(x.dtype, residual)
+    tile = tile or _fastest(x.dtype, out, residual)
     rows, columns, depth = x.shape[0], weight.shape[0], x.shape[1]
     tiles = triton.cdiv(rows, _BLOCK_M.value) * triton.cdiv(columns, tile.n)
     programs = torch.cuda.get_device_properties(x.device).multi_processor_count
     _linear_hopper[(min(programs, tiles),)](
         _descriptor(x, _ROWS.value),
         _descriptor(weight, tile.n),
-        _descriptor(out, _ROWS.value),
+        _descriptor(out, _ROWS.value, _HALF_LINE if activation else _LINE.value),
         x_scale,
         weight_scale,
         bias,
         None if residual is None else _descriptor(residual, _ROWS.value),
-        gate,
+        activation.inv_smooth if activation else gate,
+        activation.out_scale if activation else None,
         rows,
         N=columns,
         K=depth,
@@ -267,19 +281,23 @@ def launch(
         BUFFERS=tile.buffers,
         GROUP=tile.group,
         INSTRUCTION=min(tile.n, _WIDEST_INT8) if x.dtype == INT8 else tile.n,
+        EACH=0 if x_scale.shape == (1,) else 1,
+        GELU=activation.form if activation else None,
         num_warps=4,
         enable_fp_fusion=False,  # it would round once less than the plain body
     )
 
 
-def _fastest(dtype: torch.dtype, residual: Tensor | None) -> Tile:
-    if residual is None:
-        return Tile() if dtype == INT8 else _BUFFERED
-    return _BUFFERED if residual.element_size() == 2 else _NARROW
+def _fastest(dtype: torch.dtype, out: Tensor, residual: Tensor | None) -> Tile:
+    if residual is not None:
+        return _BUFFERED if residual.element_size() == 2 else _NARROW
+    if out.element_size() == 1:
+        return _SMALL
+    return Tile() if dtype == INT8 else _BUFFERED
 
 
-def _descriptor(tensor: Tensor, rows: int) -> TensorDescriptor:
-    """Blocks of `rows` rows, each as long as a swizzled line of shared memory."""
+def _descriptor(tensor: Tensor, rows: int, line: int = _LINE.value) -> TensorDescriptor:
+    """Blocks of `rows` rows, each as long as a swizzled line of shared memory, in bytes."""
     size = tensor.element_size()
-    layout = gl.NVMMASharedLayout(_LINE.value, 8 * size)
-    return TensorDescriptor.from_tensor(tensor, [rows, _LINE.value // size], layout)
+    layout = gl.NVMMASharedLayout(line, 8 * size)
+    return TensorDescriptor.from_tensor(tensor, [rows, line // size], layout)

@@ -1,7 +1,7 @@
-"""The way out of `linear_hopper`: sums in registers become scaled floats in memory.
+"""The way out of `linear_hopper`: sums in registers become scaled floats, or 8 bits, in memory.
 
-Each consumer has buffers of its own in shared memory, 64 rows of 128 bytes each, and stores its
-sums through them by TMA, chunk by chunk of columns:
+Each consumer has buffers of its own in shared memory, 64 rows of 128 bytes each (64 bytes for
+results in 8 bits), and stores its sums through them by TMA, chunk by chunk of columns:
 
     all threads                         the thread that stores
                                         wait until the oldest store has read its buffer
@@ -36,21 +36,32 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
+from wancompile.kernels.jit.activation import CUBIC, LINEAR, ONE_OVER_ROOT_2
+
 # Both under both of their names, before and since Triton 3.7.
 tma_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 _tma_store = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
 
 
+# 1 / (1 + 2 ** x) to a few units of the last place, in a third of what Triton's quotient takes.
+_LOGISTIC = gl.constexpr("""{
+    .reg .f32 y;
+    ex2.approx.ftz.f32 y, $1;
+    add.f32 y, y, 0f3F800000;
+    rcp.approx.ftz.f32 $0, y;
+}""")
+
+
 @gluon.jit
-def values(source, start, end, COUNT: gl.constexpr, LAYOUT: gl.constexpr):
-    """`COUNT` values from `start` on, 0 from `end` on."""
+def values(source, start, end, COUNT: gl.constexpr, LAYOUT: gl.constexpr, STEP: gl.constexpr = 1):
+    """`COUNT` values from `start` on, 0 from `end` on; with `STEP` 0 the first value again."""
     at = start + gl.arange(0, COUNT, LAYOUT)
-    return gl.load(source + at, mask=at < end, other=0.0)
+    return gl.load(source + at * STEP, mask=at < end, other=0.0)
 
 
 @gluon.jit
 def column_factors(by, column, N: gl.constexpr, WIDTH: gl.constexpr, CHUNK: gl.constexpr):
-    """Scales, biases and gates of the columns of a chunk; `by` is `store`'s."""
+    """Scales, biases and last factors of the columns of a chunk; `by` is `store`'s."""
     COLUMNS: gl.constexpr = gl.SliceLayout(0, CHUNK)
     scale = values(by[1], column, N, WIDTH, COLUMNS)
     # Triton's functions cannot return None, so the scales stand for what is not there.
@@ -93,10 +104,11 @@ def store(
     N: gl.constexpr,
     CHUNK: gl.constexpr,
     HAS_RESIDUAL: gl.constexpr,
+    GELU: gl.constexpr,
 ):
     """Scale, cast and store the sums of one consumer; as in `scaled_linear`, in that order.
 
-    With a residual, as in `scaled_linear_residual`.
+    With a residual, as in `scaled_linear_residual`, and with GELU as in `linear_gelu_quantize`.
 
     Args:
         out: descriptor of the result, in blocks of a chunk's size.
@@ -104,21 +116,24 @@ def store(
         buffers: `[BUFFERS, 64, WIDTH]` of the result's type, in shared memory.
         row_scale: 64 fp32 scales of the rows.
         factors: `column_factors` of the first chunk.
-        by: pointers to the scales of rows, of columns, to the biases and the gates; None for the
-            latter two where there are none.
+        by: pointers to the scales of rows, of columns, to the biases, to what columns are
+            multiplied by last (a gate, or 1/s behind GELU), and to the scale to round by; None for
+            the latter three where there are none.
         row: first row of `total` in the result.
         column: its first column.
         N: columns of the result.
         CHUNK: layout of a chunk in registers.
         HAS_RESIDUAL: whether buffers hold what is to be added: `fetch` has filled them.
+        GELU: "none" or "tanh", as in `linear_gelu_quantize`; None for no GELU.
     """
     BUFFERS: gl.constexpr = buffers.shape[0]
     WIDTH: gl.constexpr = buffers.shape[2]
     CHUNKS: gl.constexpr = total.shape[1] // WIDTH
     chunks = _split(total, CHUNKS)
+    steps = 1.0 if by[4] is None else gl.div_rn(1.0, gl.load(by[4]))
     for i in gl.static_range(CHUNKS):
         value = gl.convert_layout(chunks[i], CHUNK, assert_trivial=True).to(gl.float32)
-        value = _scaled(value, row_scale, factors, by)
+        value = _scaled(value, row_scale, factors, by, steps, GELU)
         if i + 1 < CHUNKS:  # load the next ones while this chunk waits for its buffer
             factors = column_factors(by, column + (i + 1) * WIDTH, N, WIDTH, CHUNK)
         buffer = buffers.index(i % BUFFERS)
@@ -126,21 +141,48 @@ def store(
             value = buffer.load(CHUNK).to(gl.float32) + value
         else:
             tma.store_wait(BUFFERS - 1)
-        buffer.store(value.to(out.dtype))
+        buffer.store(_cast(value, out.dtype))
         fence_async_shared()
         _tma_store(out, [row, column + i * WIDTH], buffer)
 
 
 @gluon.jit
-def _scaled(value, row_scale, factors, by):
-    """A chunk with its scales, biases and gates; no product is fused with a sum."""
-    scale, bias, gate = factors
+def _scaled(value, row_scale, factors, by, steps, GELU: gl.constexpr):
+    """A chunk with its scales, biases and last factors; no product is fused with a sum.
+
+    `steps` is what all columns are multiplied by, one over the scale to round by.
+    """
+    scale, bias, last = factors
     value = value * row_scale[:, None] * scale[None, :]
     if by[2] is not None:
         value += bias.to(gl.float32)[None, :]
+    if GELU is not None:
+        value = _gelu(value, GELU == "tanh")
     if by[3] is not None:
-        value *= gate[None, :]
+        value *= (last * steps)[None, :]
+    else:
+        value *= steps
     return value
+
+
+@gluon.jit
+def _gelu(x, TANH: gl.constexpr):
+    """As `activation.gelu`."""
+    if TANH:
+        power = x * gl.fma(x * x, CUBIC, LINEAR)
+        y = x * gl.inline_asm_elementwise(_LOGISTIC, "=r,r", [power], gl.float32, True, 1)
+    else:
+        y = 0.5 * x * (1.0 + gl.erf(x * ONE_OVER_ROOT_2))
+    return y
+
+
+@gluon.jit
+def _cast(value, dtype: gl.constexpr):
+    """The values in the type of the result, rounded half to even; beyond 8 bits they saturate."""
+    if dtype == gl.int8:
+        value = gl.minimum(gl.maximum(value, -127.0), 127.0)
+        value = (value + 12582912.0).to(gl.int32, bitcast=True)  # as `to_8bit` in rows
+    return value.to(dtype)
 
 
 @gluon.jit

@@ -41,6 +41,29 @@ def _per_token(
     quantize_row(values, out + row * K, scales + row, K, CHUNK, IS_INT8, QMAX, SMALLEST)
 
 
+@triton.jit
+def _per_tensor(
+    x,
+    inv_smooth,
+    out,
+    scale,
+    x_stride,
+    K: tl.constexpr,
+    CHUNK: tl.constexpr,
+    IS_INT8: tl.constexpr,
+    QMAX: tl.constexpr,
+):
+    """One program quantizes one row by the scale of all."""
+    row = tl.program_id(0).to(tl.int64)
+    values = widen_row(load_row(x + row * x_stride, K, CHUNK))
+    values = smooth_row(values, inv_smooth, K, CHUNK)
+    inverse = tl.div_rn(1.0, tl.load(scale))
+    for i in tl.static_range(len(values)):
+        column = i * CHUNK + tl.arange(0, CHUNK)
+        rounded = to_8bit(saturate(values[i] * inverse, QMAX), IS_INT8)
+        tl.store(out + row * K + column, rounded, mask=column < K)
+
+
 @triton.jit(do_not_specialize=["tokens"])
 def _per_head(
     x,
@@ -90,6 +113,32 @@ def launch_per_token(x: Tensor, inv_smooth: Tensor | None, out: Tensor, scale: T
         num_warps=shape.warps,
         enable_fp_fusion=False,  # a product that is not rounded would move ties
         **quantized_kind(out.dtype),
+    )
+
+
+def launch_per_tensor(x: Tensor, inv_smooth: Tensor | None, scale: Tensor, out: Tensor) -> None:
+    """Fill `out` with what `quantize_per_tensor` computes.
+
+    Args:
+        x: `[M, K]`, any float dtype, its rows without gaps inside them; M > 0.
+        inv_smooth: `[K]` fp32, contiguous, or None.
+        scale: `[1]` fp32.
+        out: M rows of K, int8 or e4m3, contiguous.
+    """
+    rows, columns = x.shape
+    shape = row_shape(columns)
+    _per_tensor[(rows,)](
+        x,
+        inv_smooth,
+        out,
+        scale,
+        x.stride(0),
+        K=columns,
+        CHUNK=shape.chunk,
+        IS_INT8=out.dtype == INT8,
+        QMAX=float(QMAX[out.dtype]),
+        num_warps=shape.warps,
+        enable_fp_fusion=False,
     )
 
 
