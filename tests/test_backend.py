@@ -13,6 +13,7 @@ import torch
 import zoo
 from torch import Tensor, nn
 from torch._dynamo.exc import BackendCompilerFailed
+from torch._dynamo.utils import counters
 
 import wancompile
 from wancompile.backend.names import Names
@@ -215,9 +216,14 @@ def test_statistics_of_another_model_are_refused() -> None:
 @pytest.mark.parametrize(
     ("options", "kind", "message"),
     [
-        ({"recipes": "int8"}, InputError, "unknown option 'recipes'; there are recipe, stats"),
+        (
+            {"recipes": "int8"},
+            InputError,
+            "unknown option 'recipes'; there are recipe, stats, inductor",
+        ),
         ({"recipe": 8}, InputError, "recipe is a name or a Recipe, not int"),
         ({"stats": {}}, InputError, "stats is a Stats or the path of one, not dict"),
+        ({"inductor": "yes"}, InputError, "inductor is True or False, not 'yes'"),
         ({"stats": "/nowhere"}, CalibrationError, "/nowhere"),
         ({"recipe": "int9"}, RecipeError, "no recipe 'int9'"),
         (
@@ -240,6 +246,40 @@ def test_a_mode_is_refused() -> None:
     model, inputs = zoo.make("t2v", 1)
     found = refused(torch.compile(model, backend="wancompile", mode="max-autotune"), inputs)
     assert "no mode 'max-autotune'" in found.reason
+
+
+class Attending(nn.Module):
+    """Self-attention between a norm and a sum: the smallest model there is something to do for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(16)
+        self.qkv, self.out = nn.Linear(16, 48), nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (
+            one.unflatten(-1, (2, 8)).transpose(1, 2) for one in self.qkv(self.norm(x)).chunk(3, -1)
+        )
+        mixed = nn.functional.scaled_dot_product_attention(q, k, v)
+        return torch.sin(x + self.out(mixed.transpose(1, 2).flatten(2))) * 2
+
+
+def test_inductor_compiles_what_is_left(caplog: pytest.LogCaptureFixture) -> None:
+    model = Attending().requires_grad_(False)
+    calls = [torch.randn(batch, tokens, 16) for batch, tokens in ((2, 5), (3, 9), (2, 8))]
+    expected = [compiled(model, dynamic=True)(x) for x in calls]
+    torch._dynamo.reset()
+    counters.clear()
+    quantized = compiled(model, dynamic=True, inductor=True)
+    for x, plain in zip(calls, expected, strict=True):
+        torch.testing.assert_close(quantized(x), plain, rtol=1e-4, atol=1e-5)
+    assert counters["stats"]["unique_graphs"] == 1
+    # The sine and the product are Inductor's now; the compiler's products are called as they are.
+    assert counters["inductor"]["extern_calls"] >= 2
+    model.out.weight.mul_(2)
+    changed = compiled(model, dynamic=True)
+    assert relative_error(quantized(calls[0]), changed(calls[0])) < 1e-5
+    assert quantizations(caplog) == 4
 
 
 # Weights --------------------------------------------------------------------------------------

@@ -11,6 +11,8 @@ Options:
     recipe: the name of a recipe or a `Recipe`; "int8" where left out.
     stats: a `Stats` of `wancompile.calibrate`, or the path it was saved to. With it the model is
         smoothed and may have 8-bit attention; without it scales come from each call's own data.
+    inductor: True hands what is left in torch's own ops to Inductor, which fuses it. It compiles
+        for seconds per block, and on a CPU needs a C++ compiler; False where left out.
 
 What to know:
     - It is for inference. A call that wants gradients, or under autocast, is refused with an
@@ -29,7 +31,8 @@ What to know:
     - A graph that holds no attention runs as it is, and the log says so at level INFO. A rule of
       the recipe has to match in every graph that is compiled.
     - With `dynamic=None` dynamo compiles for the first size it sees, and again, for all sizes, at
-      the second; `dynamic=True` compiles, and stores 8-bit weights, once.
+      the second; `dynamic=True` compiles, and stores 8-bit weights, once for all sizes above 1. A
+      batch of 1 and one of several are two graphs to it, each with weights of its own.
 """
 
 from wancompile.backend.entry import wancompile_backend

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.fx import GraphModule
+from torch._dynamo.backends.registry import lookup_backend
 
 from wancompile import passes, pipeline
 from wancompile.backend.capture import Captured
 from wancompile.backend.options import Choice
+from wancompile.ir import match
+from wancompile.program import Program
 
 log = logging.getLogger("wancompile")
+
+Runs = Callable[..., Any]
 
 
 class Frozen:
@@ -44,7 +48,7 @@ class Frozen:
         values = [args[at] for at in (*self._captured.stored, *self._captured.inputs)]
         return next(value.device for value in values if isinstance(value, torch.Tensor))
 
-    def _module(self, args: Sequence[Any]) -> GraphModule:
+    def _module(self, args: Sequence[Any]) -> Runs:
         weights = self._stored(args)
         for version in self._versions:
             if version.is_of(weights):
@@ -54,7 +58,7 @@ class Frozen:
         self._versions.append(_Version.of(weights, self._compile(args)))
         return self._versions[-1].module
 
-    def _compile(self, args: Sequence[Any]) -> GraphModule:
+    def _compile(self, args: Sequence[Any]) -> Runs:
         choice = self._choice
         call = self._captured.call(args)
         has_numbers = any(not isinstance(value, torch.Tensor) for value in call.values())
@@ -75,7 +79,18 @@ class Frozen:
             before / 1e6,
             program.nbytes / 1e6,
         )
-        return program.module
+        return _by_inductor(program) if choice.inductor else program.module
+
+
+def _by_inductor(program: Program) -> Runs:
+    """Hand what is left in torch's own ops to Inductor; it calls the compiler's ops as they are.
+
+    The sizes of the inputs stay open as dynamo left them: its guards are those of the graph.
+    """
+    module = program.module
+    values = [match.val(node) for node in module.graph.find_nodes(op="placeholder")]
+    compiled: Runs = lookup_backend("inductor")(module, values)
+    return compiled
 
 
 @dataclass(frozen=True)
@@ -87,10 +102,10 @@ class _Version:
 
     weights: tuple[weakref.ref[torch.Tensor], ...]
     counts: tuple[int, ...]
-    module: GraphModule
+    module: Runs
 
     @classmethod
-    def of(cls, weights: Sequence[torch.Tensor], module: GraphModule) -> _Version:
+    def of(cls, weights: Sequence[torch.Tensor], module: Runs) -> _Version:
         return cls(tuple(map(weakref.ref, weights)), tuple(map(_changes, weights)), module)
 
     def is_of(self, weights: Sequence[torch.Tensor]) -> bool:
