@@ -34,12 +34,14 @@ class _Kind(IntEnum):
 class Cut:
     """Where a graph falls apart.
 
-    `steady` are all values that depend on the steady inputs alone, those included. `kept` are the
-    ones that the prologue hands over, in execution order; `hoisted` the calls that it makes of
-    tensors, `weights` the names of the stored tensors that only it reads. `sizes` says, for each
-    size that a steady input has, too, which input and dimension that is.
+    `inputs` are the names that the graph gives to the steady ones, in order. `steady` are all
+    values that depend on these alone, the inputs included. `kept` are the ones that the prologue
+    hands over, in execution order; `hoisted` the calls that it makes of tensors, `weights` the
+    names of the stored tensors that only it reads. `sizes` says, for each size that a steady input
+    has, too, which input and dimension that is.
     """
 
+    inputs: tuple[str, ...]
     steady: frozenset[Node]
     kept: tuple[Node, ...]
     hoisted: tuple[Node, ...]
@@ -78,6 +80,7 @@ def cut(graph: Graph, inputs: Collection[str]) -> Cut:
     ends = frozenset((*kept, *sizes))
     rest = match.backward([graph.output_node()], ends.__contains__)
     return Cut(
+        inputs=tuple(node.name for node in steady),
         steady=frozenset(node for node, kind in kinds.items() if kind is _Kind.STEADY),
         kept=kept,
         hoisted=tuple(n for n in graph.nodes if n in inside and _is_work(n)),

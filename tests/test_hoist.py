@@ -44,7 +44,7 @@ def lowered(fn):
 def split(program, inputs=None):
     found = hoist.find(program, inputs)
     assert found is not None
-    return hoist.split(program, found)
+    return hoist.split(program, found.inputs)
 
 
 def run(parts, inputs):

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from wancompile import passes, pipeline
+from wancompile import hoist, passes, pipeline
 from wancompile.artifact.save import save
+from wancompile.errors import InputError
 from wancompile.gate.again import Inputs, check_again
 from wancompile.gate.check import Check
 from wancompile.gate.evidence import Evidence
@@ -29,8 +31,10 @@ class CompiledModel(torch.nn.Module):
     between devices with `to`. Weights keep their types: `to(dtype)` is refused, silently rounding
     scales would be worse.
 
+    What depends on the encoder states alone is computed once for each prompt, see `hoist`.
+
     Attributes:
-        program: the program that runs, at level LOWERED.
+        program: the whole program, at level LOWERED.
         report: what was rewritten, what was skipped and why, errors per site.
     """
 
@@ -48,14 +52,63 @@ class CompiledModel(torch.nn.Module):
         self._dtype = dtype
         self.config = config
         self.report = report
+        self._hoisted = _Hoisted()
+        self._loop: hoist.Loop | None = None
         self._lower(_device_of(fused))
         self.eval()
 
     def _lower(self, device: torch.device) -> None:
         self.program = pipeline.run(self._fused, passes.lowering(device))
         self.report = self.report.with_program(self.program)
-        self.graph = self.program.module
         self._device = device
+        self._arrange()
+
+    def _arrange(self) -> None:
+        """Prepare what runs: the program as it is, or what depends on the prompt apart."""
+        wish, self._loop = self._hoisted, None
+        found = hoist.find(self._fused, wish.inputs) if wish.prompts else None
+        if found is None:
+            self.report = replace(self.report, hoisting=None)
+            self.graph = self.program.module
+            return
+        away = wish.offload and self._device.type != "cpu"
+        if away:
+            moved = hoist.to_host(self._fused, found.weights, self._device)
+            self._fused = hoist.holding(self._fused, moved)
+            self.program = hoist.holding(self.program, moved)
+        parts = hoist.split(self.program, found.inputs)
+        self._loop = hoist.Loop(parts, wish.prompts, self._device, away=away)
+        self.report = replace(
+            self.report, hoisting=self._loop.described(hoist.facts(self._fused, found))
+        )
+        self.graph = self._loop.body
+
+    def hoist(
+        self, prompts: int = 2, *, inputs: Sequence[str] | None = None, offload: bool = False
+    ) -> None:
+        """Say for how many prompts to keep what depends on them alone, bit for bit the same.
+
+        Text embedding and the keys and values of cross-attention are the same at each step of a
+        denoising loop. They are computed when a call comes with other tensor objects than the last
+        ones, or with tensors that were written to. The report says what that is, and what is kept.
+
+        Args:
+            prompts: the last of them to keep, as a conditional and an unconditional one take turns;
+                with 0 everything is computed in each call.
+            inputs: the names of the tensors that stay the same over a loop; if not given, the
+                encoder states, as found in the dataflow.
+            offload: keep the weights that only they need on the host, and bring them to the device
+                for each new prompt. On a CPU this waits for the model to move to a device.
+
+        Raises:
+            InputError: there are no such inputs, or a negative number of prompts is given.
+        """
+        if prompts < 0:
+            raise InputError(f"cannot keep {prompts} prompts: 0 keeps none")
+        hoist.find(self._fused, inputs)
+        self._hoisted = _Hoisted(prompts, None if inputs is None else tuple(inputs), offload)
+        self._fused = self._fused.to(self._device)
+        self._lower(self._device)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the program; arguments and result are those of the original model."""
@@ -64,7 +117,7 @@ class CompiledModel(torch.nn.Module):
         if "return_dict" in signature.parameters and call.get("return_dict") is None:
             call["return_dict"] = True
         with torch.no_grad():
-            leaves = self.graph(*signature.bind((), call))
+            leaves = (self._loop or self.graph)(*signature.bind((), call))
         return wrap_output(signature.unflatten(leaves), call)
 
     def check(
@@ -91,7 +144,8 @@ class CompiledModel(torch.nn.Module):
         """
         gate = self.report.gate
         held_to = limits or (gate.check.limits if gate else DEFAULT)
-        return check_again(self.program, self._evidence, inputs, reference, held_to)
+        program = self.program.to(self._device) if self._is_away else self.program
+        return check_again(program, self._evidence, inputs, reference, held_to)
 
     def save(self, folder: str | Path) -> None:
         """Write the model to `folder`, for `wancompile.load`: weights in their 8 bits, no pickle.
@@ -105,6 +159,10 @@ class CompiledModel(torch.nn.Module):
         save(self._fused, self.report, self.config, self._dtype, folder)
 
     @property
+    def _is_away(self) -> bool:
+        return self._loop is not None and self._loop.away
+
+    @property
     def dtype(self) -> torch.dtype:
         """The floating-point type of the original model's weights."""
         return self._dtype
@@ -116,7 +174,7 @@ class CompiledModel(torch.nn.Module):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the stored tensors."""
+        """Bytes of the stored tensors, those that `hoist` keeps on the host included."""
         return self.program.nbytes
 
     @contextmanager
@@ -135,6 +193,15 @@ class CompiledModel(torch.nn.Module):
             self._fused = self._fused.to(probe.device)
             self._lower(probe.device)
         return self
+
+
+@dataclass(frozen=True)
+class _Hoisted:
+    """The arguments of `CompiledModel.hoist`."""
+
+    prompts: int = 2
+    inputs: tuple[str, ...] | None = None
+    offload: bool = False
 
 
 def _device_of(program: Program) -> torch.device:

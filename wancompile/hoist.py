@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -110,24 +110,31 @@ class Split:
     places: tuple[int, ...]
 
 
-def split(program: Program, found: Cut) -> Split:
-    """Return both parts of a LOWERED `program`, which share its tensors."""
-    inputs = match.inputs(program.graph)
-    places = tuple(index for index, node in enumerate(inputs) if node in found.steady)
-    names = tuple(inputs[index].name for index in places)
+def split(program: Program, inputs: tuple[str, ...]) -> Split:
+    """Return both parts of a LOWERED `program`, which share its tensors.
+
+    `inputs` are those of a `Cut` of it, or of the FUSED program that it was.
+    """
+    order = match.inputs(program.graph)
     return Split(
-        prologue=pipeline.run(program, [TakePrologue(names)]),
-        body=pipeline.run(program, [TakeBody(names)]),
-        places=places,
+        prologue=pipeline.run(program, [TakePrologue(inputs)]),
+        body=pipeline.run(program, [TakeBody(inputs)]),
+        places=tuple(index for index, node in enumerate(order) if node.name in inputs),
     )
 
 
-def to_host(program: Program, names: frozenset[str], device: torch.device) -> Program:
-    """Return `program` with these stored tensors on the host, page-locked if `device` is a GPU."""
-    moved = {name: program.state[name].to("cpu") for name in names if name in program.state}
+def to_host(program: Program, names: Collection[str], device: torch.device) -> dict[str, Tensor]:
+    """Return these stored tensors of `program` on the host, page-locked if `device` is a GPU."""
+    moved = {name: program.state[name].to("cpu") for name in names}
     if device.type == "cuda":
         moved = {name: tensor.pin_memory() for name, tensor in moved.items()}
-    return replace(program, state={**program.state, **moved})
+    return moved
+
+
+def holding(program: Program, tensors: Mapping[str, Tensor]) -> Program:
+    """Return `program` with these stored tensors, of the same numbers, in the place of its own."""
+    state = {name: tensors.get(name, tensor) for name, tensor in program.state.items()}
+    return replace(program, state=state)
 
 
 class Loop:
@@ -149,12 +156,13 @@ class Loop:
             Stream(parts.prologue, device) if away else parts.prologue
         )
 
-    @property
-    def resident_bytes(self) -> int:
-        """Bytes of the prologue's weights that stay on the device while they are `away`."""
-        if not isinstance(self._prologue, Stream):
-            return 0
-        return sum(tensor.nbytes for tensor in self._prologue.state.values())
+    def described(self, gain: Hoisting) -> Hoisting:
+        """Return what is gained, with what is kept of how many prompts and what is moved."""
+        stays = 0
+        if isinstance(self._prologue, Stream):
+            stays = sum(tensor.nbytes for tensor in self._prologue.state.values())
+        moved = gain.weight_bytes - stays if self.away else 0
+        return replace(gain, prompts=self.cache.size, moved_bytes=moved)
 
     def __call__(self, *tensors: Tensor) -> Any:
         """Return the leaves of the output for the inputs of the whole program, in order."""

@@ -64,12 +64,13 @@ class PromptCache:
     count writes, so nothing is kept for them, and the log says so once.
 
     Attributes:
+        size: for how many.
         hits, misses: how often something was found, and was not.
     """
 
     def __init__(self, size: int) -> None:
         self.hits = self.misses = 0
-        self._size = size
+        self.size = size
         self._entries: list[_Entry] = []
         self._warned = False
 
@@ -92,7 +93,7 @@ class PromptCache:
                 return entry.values
         self.misses += 1
         # Room is made before new values are computed, not after.
-        self._entries = self._entries[max(0, len(self._entries) - self._size + 1) :]
+        self._entries = self._entries[max(0, len(self._entries) - self.size + 1) :]
         return None
 
     def keep(self, inputs: Sequence[Tensor], values: list[Tensor]) -> tuple[Tensor, ...]:

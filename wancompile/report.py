@@ -11,6 +11,7 @@ from tabulate import tabulate
 from wancompile.artifact import facts
 from wancompile.auto import Choice
 from wancompile.gate.rounds import Gate
+from wancompile.hoist import Hoisting
 from wancompile.ir.site import Group, Role, Ungrouped
 from wancompile.program import PassRecord, Program
 from wancompile.recipe import Recipe
@@ -36,7 +37,7 @@ class Report:
     `bytes_before` and `bytes_after` count all stored tensors of the float and the compiled program.
     `choice` says how the recipe was chosen, where a budget was given instead of one. `gate` says
     how near the original the program is, and what fell back for that; None where nothing was
-    measured.
+    measured. `hoisting` says what is computed once for each prompt, None if nothing is.
     """
 
     recipe: Recipe
@@ -47,6 +48,7 @@ class Report:
     bytes_after: int
     choice: Choice | None = None
     gate: Gate | None = None
+    hoisting: Hoisting | None = None
 
     @property
     def errors(self) -> Mapping[str, float]:
@@ -99,6 +101,8 @@ class Report:
             role_table(self.roles),
             tabulate(_pass_rows(self.records), headers=["pass", "done", "skipped", "nodes", "ms"]),
         ]
+        if self.hoisting is not None:
+            parts.append(str(self.hoisting))
         if self.choice is not None:
             parts.append(str(self.choice))
         if self.gate is not None:
