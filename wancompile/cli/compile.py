@@ -22,6 +22,7 @@ from wancompile.gate.limits import DEFAULT, Limits
 from wancompile.html import write_html
 from wancompile.quant.stats import Stats
 from wancompile.recipe import Auto, Recipe
+from wancompile.start import device_of
 from wancompile.units import nbytes, percent, plural
 
 _DESCRIPTION = """\
@@ -152,6 +153,9 @@ def run(args: argparse.Namespace) -> None:
     _check_usage(args, is_pipeline)
     # All that can be refused is refused before hours of work.
     check_replaceable(args.out.resolve())
+    device_of(args.device)
+    if args.checkpoint is not None and not args.checkpoint.parent.is_dir():
+        raise InputError(f"there is no folder {args.checkpoint.parent} for the checkpoint")
     options: dict[str, Any] = {
         "recipe": _recipe(args),
         "device": args.device,

@@ -9,6 +9,9 @@ import sys
 from collections.abc import Sequence
 from textwrap import fill
 
+import torch
+from safetensors import SafetensorError
+
 import wancompile
 from wancompile.cli import bench, check, compile, demo, inspect, plan
 from wancompile.errors import WancompileError
@@ -51,6 +54,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader, such as `head`, has seen enough; Python must not try to flush at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_OK
+    except (OSError, SafetensorError, torch.OutOfMemoryError) as error:
+        # A full disk, a folder that is not ours, a device that is too small: no fault of the code.
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        print(f"wancompile: {reason}", file=sys.stderr)
+        return EXIT_ERROR
     return EXIT_OK if code is None else code
 
 

@@ -44,7 +44,7 @@ def open_pipeline(folder: Path, dtype: torch.dtype) -> Any:
         InputError: parts are missing, or cannot be loaded.
     """
     index = _index(folder)
-    kind, parts = _class(folder, index), _parts(folder, index)
+    pipeline, parts = _class(folder, index), _parts(folder, index)
     import diffusers
     from transformers.utils import logging
 
@@ -59,7 +59,7 @@ def open_pipeline(folder: Path, dtype: torch.dtype) -> Any:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # newer releases rename torch_dtype
-            return kind.from_pretrained(
+            return pipeline.from_pretrained(
                 folder,
                 torch_dtype={"default": dtype, "vae": torch.float32},
                 local_files_only=True,
