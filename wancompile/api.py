@@ -97,7 +97,8 @@ def calibrate(
         rows: tokens sampled of each value that linears read.
         seed: draws the sample; runs to be merged need different seeds.
         device: where to run. Weights that are elsewhere come and go, a gigabyte at a time.
-        checkpoint: a file that is written as calibration goes on, and when it is interrupted; it
+        checkpoint: a file that is written as calibration goes on, and when it is interrupted; for a
+            pipeline one for each expert, `calib.transformer.st` where `calib.st` is given; it
             holds a `Stats`. With the same model, data and options a later run skips the calls that
             are in it. A callable is played from its start: what is in the file then runs without
             being observed.
@@ -177,34 +178,45 @@ def compile(
     the first is compared, and without data the example. What is beyond its limit falls back to
     higher precision, as the report says.
 
+    Of a pipeline every part that denoises, its experts, is compiled on the calls that reach it, and
+    put into its place when all have succeeded. One run of the data serves all experts, each call in
+    float, so that later steps are those of the original; then they are compiled one by one.
+
     Args:
-        model: a Wan transformer with real weights. It is left as it was, also when an error is
-            raised, unless `consume` is set and everything has succeeded up to quantization.
+        model: a Wan transformer with real weights, or a diffusers pipeline. It is left as it was,
+            also when an error is raised, unless `consume` is set and everything has succeeded up to
+            quantization (of a pipeline's first expert); a pipeline gets its compiled experts.
         calib_data: calls of `model.forward`, each a dict of named or a tuple of positional
             arguments, or a `Sample` of one, shapes may differ; or a callable that runs the model,
-            such as a whole pipeline call.
+            such as a whole pipeline call. For a pipeline: a callable; or prompts or dicts of its
+            arguments, for runs up to the latents, the i-th from noise of seed i where it brings
+            neither latents nor a generator; or calls of each expert by name.
         recipe: "int8", "fp8", "int8-attention", "fp8-attention", a `Recipe`, or a budget for one,
             as `Recipe.auto` makes it: then each site gets a type that suits it, by the errors
             measured on two of the calls kept, which takes half a forward a site, type and call.
         stats: statistics of an earlier `calibrate`, instead of `calib_data`.
-        example_inputs: one call that shows the shapes, needed where `calib_data` is not given.
+        example_inputs: one call that shows the shapes, needed where `calib_data` is not given; for
+            a pipeline one by each expert's name.
         consume: let go of each original weight once it is quantized, so that host memory never
             holds both; `model` is on the meta device afterwards, also where the result is too far
             from it. Groups still fall back for errors of their own, for those are known before.
         device: where calibration, the search for smooth scales and rounding compute. Weights that
-            are elsewhere come and go, a gigabyte at a time; the result is where `model` was.
+            are elsewhere come and go, a gigabyte at a time, of one expert after the other; a
+            pipeline's other parts compute where they are. The result is where `model` was.
         limits: what the result is held to; None compares nothing.
         checkpoint: a file for calibration to go on from, as for `calibrate`. Calls that are kept
             from calibration are not in it and run again, so one that `calibrate` made is refused.
         progress: show progress bars.
-        dump: a folder for the text of every level and the diff of every pass.
+        dump: a folder for the text of every level and the diff of every pass, and for a pipeline a
+            folder in it for each expert.
 
     Returns:
-        A drop-in for `model` with a `report`. Tensors that stay in floating point are shared with
-        `model`, not copied.
+        A drop-in for `model` with a `report`; of a pipeline the experts, with one, to be saved or
+        attached to others. Tensors that stay in floating point are shared with `model`, not copied.
 
     Raises:
         GateError: the result is too far from `model`, whatever fell back.
+        PipelineError: the pipeline has nothing to compile, or cannot run as it is.
         WancompileError: with the site, the source line, the pass and the reason; see `errors`.
     """
     options = Options(
