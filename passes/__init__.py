@@ -11,6 +11,7 @@ from wancompile.passes.detect_mlp import DetectMlp
 from wancompile.passes.drop_noops import DropNoops
 from wancompile.passes.fold_constants import FoldConstants
 from wancompile.passes.fuse_gelu import FuseGelu
+from wancompile.passes.fuse_linear_gelu import FuseLinearGelu
 from wancompile.passes.fuse_linear_residual import FuseLinearResidual
 from wancompile.passes.fuse_norm import FuseNorm
 from wancompile.passes.fuse_residual import FuseResidual
@@ -78,6 +79,7 @@ def quantization(
 FUSE: tuple[Pass, ...] = (
     MergeLinears(),
     FuseGelu(),
+    FuseLinearGelu(),
     FuseRotary(),
     FuseLinearResidual(),
     FuseNorm(),

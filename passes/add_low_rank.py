@@ -10,7 +10,8 @@ stored here, nothing is added, and whoever writes other numbers into them change
 
 The branch reads the 8 bits that the linear reads, whatever op has rounded them: the tokens are read
 once more in one byte a number, and nothing that was fused before the linear comes apart. A linear
-that adds to the residual stream is two ops again. Linears in floating point get two more linears.
+that adds to the residual stream is two ops again, and one that rounds what comes behind its GELU is
+three. Linears in floating point get two more linears.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from torch.fx import Node
 from wancompile.ir import match
 from wancompile.ir.edit import Draft
 from wancompile.ir.levels import Level
+from wancompile.passes import fuse_linear_gelu
 
 aten = torch.ops.aten
 ops = torch.ops.wancompile
@@ -32,6 +34,7 @@ ops = torch.ops.wancompile
 LINEARS: tuple[Any, ...] = (
     ops.scaled_linear.default,
     ops.scaled_linear_residual.default,
+    ops.linear_gelu_quantize.default,
     aten.linear.default,
 )
 
@@ -153,6 +156,14 @@ def _add_to_residual(branch: _Branch) -> None:
     branch.replace(ops.add_gated.default, residual, y, gate, None, None)
 
 
+def _add_before_gelu(branch: _Branch) -> None:
+    *linear, _ = match.args(branch.node)[:5]
+    operands = _operands(branch, *linear)
+    out_dtype = fuse_linear_gelu.between(branch.node)
+    target = ops.scaled_linear_low_rank.default
+    fuse_linear_gelu.split(branch.draft, branch.node, target, *operands, out_dtype)
+
+
 def _operands(branch: _Branch, x: Node, scale: Node, *weight: Node) -> tuple[Any, ...]:
     """Return the operands of `scaled_linear_low_rank` but for the type of its result."""
     low = branch.call(ops.low_rank_down.default, x, scale, branch.down())
@@ -168,5 +179,5 @@ def _add_to_float(branch: _Branch) -> None:
 
 
 _ADDED: dict[Any, Callable[[_Branch], None]] = dict(
-    zip(LINEARS, (_add_to_scaled, _add_to_residual, _add_to_float), strict=True)
+    zip(LINEARS, (_add_to_scaled, _add_to_residual, _add_before_gelu, _add_to_float), strict=True)
 )

@@ -6,7 +6,7 @@ shapes, the op itself runs. This is the only pass that looks at the device.
     before                                          after (H100)
     %y = scaled_linear(%q, %s, W8, ...)             %y = linear_hopper(%q, %s, W8, ...)
 
-Where no kernel takes a linear with its residual, or its branch of low rank, but some kernel takes
+Where no kernel takes a linear with its residual, branch of low rank or GELU, but some kernel takes
 the linear, they are ops of their own: the plain body of a product is no way to multiply on a GPU.
 """
 
@@ -25,6 +25,7 @@ from wancompile.ir import match
 from wancompile.ir.edit import Draft
 from wancompile.ir.levels import FUSED_OPS, Level
 from wancompile.kernels import Kernel
+from wancompile.passes import fuse_linear_gelu
 
 aten = torch.ops.aten
 ops = torch.ops.wancompile
@@ -47,6 +48,8 @@ class Lower:
             self._split_residual(draft, node)
         for node in match.nodes_of(draft.graph, ops.scaled_linear_low_rank.default):
             self._split_low_rank(draft, node)
+        for node in match.nodes_of(draft.graph, ops.linear_gelu_quantize.default):
+            self._split_gelu(draft, node)
         taken: Counter[tuple[str, str]] = Counter()
         refused: Counter[tuple[str, str]] = Counter()
         implemented = {kernel.op for kernel in kernels.KERNELS} | FUSED_OPS
@@ -83,6 +86,13 @@ class Lower:
         y = draft.call(ops.scaled_linear.default, *linear, before=node, like=node)
         branch = draft.call(aten.linear.default, low, up, before=node, like=node)
         draft.replace_call(node, aten.add.Tensor, y, branch)
+
+    def _split_gelu(self, draft: Draft, node: Node) -> None:
+        linear = *_positional(node)[:5], fuse_linear_gelu.between(node)
+        whole, _ = self._choose(node.target, _positional(node))
+        part, _ = self._choose(ops.scaled_linear.default, linear)
+        if whole is None and part is not None:
+            fuse_linear_gelu.split(draft, node, ops.scaled_linear.default, *linear)
 
     def _choose(self, op: Any, args: Sequence[Any]) -> tuple[Kernel | None, list[tuple[str, str]]]:
         return kernels.choose(op, self.device, map_arg(tuple(args), _value))

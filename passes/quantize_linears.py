@@ -9,6 +9,12 @@ before the group (a smooth scale that could not be folded) is taken up by the qu
     %a = linear(%xs, mul(Wa, s), ba)                %a = scaled_linear(%q, %s, Wa8, Wa_scale, ba)
     %b = linear(%xs, mul(Wb, s), bb)                %b = scaled_linear(%q, %s, Wb8, Wb_scale, bb)
 
+Where the recipe says `activation="static"`, x has one scale in all calls, from calibration; what
+lies outside of its range saturates:
+
+                                                    %q = quantize_per_tensor(%x, inv_s, scale, i8)
+                                                    %a = scaled_linear(%q, scale, Wa8, Wa_scale, ba)
+
 Weights are quantized one at a time, from their fp32 product with all folded scales, and the
 original is let go at once. Where the recipe wants ranges clipped or GPTQ, the weights of a group
 are rounded together when its first linear comes; see `rounding.py`.
@@ -22,6 +28,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
 from torch.fx import Node
 
 from wancompile.ir import match
@@ -42,7 +49,8 @@ class QuantizeLinears:
     """Quantize every group that the recipe names.
 
     Weights are rounded on `device`, one group at a time at most, or where they are; what becomes of
-    them is where they were. `stats` serve recipes that want more than rounding to nearest.
+    them is where they were. `stats` serve recipes that want more than rounding to nearest, or
+    static scales, which without them is a CalibrationError.
     """
 
     recipe: Recipe
@@ -59,12 +67,16 @@ class QuantizeLinears:
         nodes = match.by_site(draft.graph)
         rounder = Rounder(draft, self.stats, self.device)
         specs: dict[Node, QSpec] = {}
+        scales: dict[Node, Tensor] = {}
         for group in draft.groups:
             found = dict(self._specs(draft, group, nodes))
             specs.update(found)
             for spec in set(found.values()):
                 rounder.expect(group, list(found), spec)
-        shared = _Shared(draft, rounder)
+                if spec.activation == "static":
+                    scale = rounder.input_scale(group, next(iter(found)), spec)
+                    scales.update(dict.fromkeys(found, scale))
+        shared = _Shared(draft, rounder, scales)
         position = match.position(draft.graph)
         factors = Factors(draft)
         weights = {group.key: factors.of_group(group, nodes) for group in draft.groups}
@@ -97,20 +109,23 @@ class QuantizeLinears:
             yield node, spec
             count += 1
         if count:
-            draft.did(group.key, f"{group.role}: {count} linears in {spec.dtype}")
+            by = ", input by a static scale" if spec.activation == "static" else ""
+            draft.did(group.key, f"{group.role}: {count} linears in {spec.dtype}{by}")
 
 
 @dataclass
 class _Shared:
     """Quantizes linears; what several of them read is quantized once, for the first of them.
 
-    `inputs` holds the 8-bit values and scales of (producer, name of 1/s, type), `weights` those of
+    `scales` are those of inputs that have one from calibration. `inputs` holds the 8-bit values and
+    scales of (producer, name of 1/s, type, whether the scale is static), `weights` those of
     (weight, type). Linears have to come in execution order.
     """
 
     draft: Draft
     rounder: Rounder
-    inputs: dict[tuple[Node, str, torch.dtype], tuple[Node, Node]] = field(default_factory=dict)
+    scales: Mapping[Node, Tensor]
+    inputs: dict[tuple[Any, ...], tuple[Node, Node]] = field(default_factory=dict)
     weights: dict[tuple[Node, torch.dtype], tuple[Node, Node]] = field(default_factory=dict)
 
     def quantize(self, node: Node, spec: QSpec) -> None:
@@ -124,14 +139,28 @@ class _Shared:
 
     def _input(self, node: Node, spec: QSpec) -> tuple[Node, Node]:
         producer, inverse = take_up_scale(match.args(node)[0])
-        key = (producer, str(inverse.target) if inverse is not None else "", spec.torch_dtype)
+        name = str(inverse.target) if inverse is not None else ""
+        key = (producer, name, spec.torch_dtype, node in self.scales)
         if key not in self.inputs:
-            call = self.draft.call
-            target = ops.quantize_per_token.default
-            both = call(target, producer, inverse, spec.torch_dtype, before=node, like=node)
-            x, scale = (call(operator.getitem, both, i, before=node, like=node) for i in (0, 1))
-            self.inputs[key] = x, scale
+            rounded = self._by_stored if node in self.scales else self._by_token
+            self.inputs[key] = rounded(node, producer, inverse, spec.torch_dtype)
         return self.inputs[key]
+
+    def _by_token(
+        self, node: Node, x: Node, inverse: Node | None, dtype: torch.dtype
+    ) -> tuple[Node, Node]:
+        call = self.draft.call
+        both = call(ops.quantize_per_token.default, x, inverse, dtype, before=node, like=node)
+        q, scale = (call(operator.getitem, both, i, before=node, like=node) for i in (0, 1))
+        return q, scale
+
+    def _by_stored(
+        self, node: Node, x: Node, inverse: Node | None, dtype: torch.dtype
+    ) -> tuple[Node, Node]:
+        name = f"static.{match.site(node)}".replace("#", "_call_")
+        scale = self.draft.store(name, self.scales[node], before=node)
+        target = ops.quantize_per_tensor.default
+        return self.draft.call(target, x, inverse, scale, dtype, before=node, like=node), scale
 
     def _weight(self, node: Node, spec: QSpec) -> tuple[Node, Node]:
         key = (match.args(node)[1], spec.torch_dtype)

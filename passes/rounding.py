@@ -1,4 +1,4 @@
-"""What the weights of a group are rounded to, chosen before the first of them is replaced."""
+"""What a group is rounded to, chosen before the first of its weights is replaced."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from wancompile.errors import NumericsError
+from wancompile.errors import CalibrationError, NumericsError
 from wancompile.ir import edit, match
 from wancompile.ir.edit import Draft
 from wancompile.ir.site import Group, Rounding, Site
 from wancompile.passes.smooth import stats_of
 from wancompile.quant.judge import different
-from wancompile.quant.numerics import QTensor, quantize_weight
+from wancompile.quant.numerics import QTensor, quantize_weight, scale_of
 from wancompile.quant.rounding import choose_rounding
 from wancompile.quant.stats import Stats
 from wancompile.recipe import QSpec
@@ -49,6 +49,26 @@ class Rounder:
         """Announce linears that read one value; the first one asked for decides for all."""
         if members and (spec.clip or spec.rounding != "nearest"):
             self._waiting.update(dict.fromkeys(members, (group, members, spec)))
+
+    def input_scale(self, group: Group, node: Node, spec: QSpec) -> Tensor:
+        """Return the scale `[1]` fp32 of what `group` reads, largest in calibration, once smoothed.
+
+        `node` is one of its linears.
+
+        Raises:
+            CalibrationError: there was none, or it was of another model.
+        """
+        if self._stats is None:
+            raise CalibrationError(
+                "a static scale of activations needs calibration data or statistics",
+                site=str(group.key),
+                source=match.source_line(node),
+            )
+        amax = stats_of(self._stats, group, node).amax.amax(0)
+        inverse = self._inverses.get(group.key)
+        smoothed = amax if inverse is None else amax * inverse.to(amax.device)
+        home = match.val(node).device
+        return scale_of(smoothed.amax(), spec.torch_dtype).reshape(1).to(home)
 
     def weight(self, node: Node, spec: QSpec) -> QTensor:
         """Return the weight of a linear in 8 bits.

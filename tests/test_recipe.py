@@ -25,6 +25,7 @@ specs = st.builds(
     st.booleans(),
     st.sampled_from(["nearest", "gptq"]),
     st.booleans(),
+    st.sampled_from(["token", "static"]),
 )
 rules = st.builds(Rule, st.text(), st.none() | specs)
 types = st.sampled_from([None, "int8", "fp8"])
@@ -47,7 +48,13 @@ def test_json_is_for_people_too():
     recipe = RECIPES["int8"].with_rules([Rule("ffn_*", None)])
     assert json.loads(recipe.to_json()) == {
         "name": "int8",
-        "linears": {"dtype": "int8", "smooth": True, "rounding": "nearest", "clip": False},
+        "linears": {
+            "dtype": "int8",
+            "smooth": True,
+            "rounding": "nearest",
+            "clip": False,
+            "activation": "token",
+        },
         "rules": [{"pattern": "ffn_*", "spec": None}],
         "attention": None,
         "attention_rules": [],

@@ -81,6 +81,10 @@ def _can_do_without_data(asked: Recipe | Auto) -> None:
         raise CalibrationError(
             "8-bit attention needs calibration data or statistics for its static scales"
         )
+    if asked.scales_inputs:
+        raise CalibrationError(
+            "static scales of activations need calibration data or statistics to take them from"
+        )
 
 
 def build(model: torch.nn.Module, prepared: Prepared, options: Options) -> CompiledModel:

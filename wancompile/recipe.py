@@ -17,27 +17,36 @@ from wancompile.ir.site import Attention, Group, Site
 
 DTYPES: dict[str, torch.dtype] = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 ROUNDINGS = ("nearest", "gptq")
+ACTIVATIONS = ("token", "static")
 
 
 @dataclass(frozen=True)
 class QSpec:
     """How the linears of a group are quantized.
 
-    `dtype` is "int8" or "fp8" (e4m3); weights per output channel, activations per token. `smooth`
-    allows a smooth scale, `clip` clipped ranges of output channels, and `rounding="gptq"` GPTQ in
-    the place of rounding weights to nearest, each where calibration shows that it lowers the error.
+    `dtype` is "int8" or "fp8" (e4m3); weights per output channel. `smooth` allows a smooth scale,
+    `clip` clipped ranges of output channels, and `rounding="gptq"` GPTQ in the place of rounding
+    weights to nearest, each where calibration shows that it lowers the error.
+
+    `activation="token"` finds a scale for each token in each call. "static" takes one for all from
+    calibration, for which there must be some; what lies outside of its range saturates. Behind a
+    GELU the linear before it then rounds its own output.
     """
 
     dtype: str
     smooth: bool = True
     rounding: str = "nearest"
     clip: bool = False
+    activation: str = "token"
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
             raise RecipeError(f"unknown type {self.dtype!r}; there are {', '.join(DTYPES)}")
         if self.rounding not in ROUNDINGS:
             raise RecipeError(f"unknown rounding {self.rounding!r}; there are nearest and gptq")
+        if self.activation not in ACTIVATIONS:
+            kinds = " and ".join(ACTIVATIONS)
+            raise RecipeError(f"unknown activation {self.activation!r}; there are {kinds}")
         for name, value in (("smooth", self.smooth), ("clip", self.clip)):
             if not isinstance(value, bool):
                 raise RecipeError(f"{name} is true or false, not {value!r}")
@@ -125,6 +134,12 @@ class Recipe:
     def rounds_attention(self) -> bool:
         """Whether any self-attention may be in 8 bits, for which there must be calibration."""
         return any((self.attention, *(rule.dtype for rule in self.attention_rules)))
+
+    @property
+    def scales_inputs(self) -> bool:
+        """Whether any linear may have a static scale, for which there must be calibration."""
+        specs = (self.linears, *(rule.spec for rule in self.rules))
+        return any(spec is not None and spec.activation == "static" for spec in specs)
 
     def check(self, groups: Sequence[Group], attentions: Sequence[Attention] = ()) -> None:
         """Raise `RecipeError`, with the nearest misses, if a rule matches nothing."""

@@ -67,6 +67,8 @@ def relax_own(
 def relax_sites(program: Program, recipe: Recipe, check: Check) -> Relaxed:
     """Leave in float what a check has found to be beyond its limit.
 
+    A group whose input has a static scale gets one per token first.
+
     Errors accumulate, so that of a block after the first one with offenders nothing is known yet:
     only the first is changed. Where the block itself is beyond its limit and no site of it is, the
     place in it with the largest error of its own goes.
@@ -79,10 +81,11 @@ def relax_sites(program: Program, recipe: Recipe, check: Check) -> Relaxed:
     rules, attentions, found = [], [], []
     for one in {places.key(one.place): one for one in chosen}.values():
         key = places.key(one.place)
-        before = places.dtype(key)
-        found.append(Fallback(key, before, FLOAT, one.kind, one.figure, one.limit))
+        before, better = places.dtype(key), places.by_token(key)
+        after = better.dtype if better is not None else FLOAT
+        found.append(Fallback(key, before, after, one.kind, one.figure, one.limit))
         if key in places.groups:
-            rules.append(Rule(key, None))
+            rules.append(Rule(key, better))
         else:
             attentions.append(key)
     relaxed = recipe.with_rules(rules).with_float_attention(attentions)
@@ -95,16 +98,21 @@ def _fallback(
     return Fallback(key, spec.dtype, better.dtype if better else FLOAT, kind, figure, limit)
 
 
+def _named(spec: QSpec) -> str:
+    return f"{spec.dtype} static" if spec.activation == "static" else spec.dtype
+
+
 class _Places:
     """What of a program is in 8 bits, by group key or attention site, and in which block."""
 
     def __init__(self, program: Program, recipe: Recipe) -> None:
         self.groups: dict[str, Group] = {str(one.key): one for one in program.groups}
-        self._dtypes = {
-            key: spec.dtype
+        self._specs = {
+            key: spec
             for key, group in self.groups.items()
             if (spec := recipe.spec_for(group)) is not None
         }
+        self._dtypes = {key: _named(spec) for key, spec in self._specs.items()}
         self._keys = {str(s): key for key, one in self.groups.items() for s in one.sites}
         for attention in program.attentions:
             dtype = recipe.attention_for(attention.site) if attention.is_self else None
@@ -120,6 +128,13 @@ class _Places:
     def dtype(self, key: str) -> str:
         """Return the type of what is in 8 bits."""
         return self._dtypes[key]
+
+    def by_token(self, key: str) -> QSpec | None:
+        """Return how a group with a static scale is quantized without; None for all others."""
+        spec = self._specs.get(key)
+        if spec is None or spec.activation != "static":
+            return None
+        return replace(spec, activation="token")
 
     def in_order(self, violations: Iterable[Violation]) -> list[Violation]:
         """Return those that speak of what is in 8 bits, in execution order."""

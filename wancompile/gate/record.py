@@ -37,8 +37,8 @@ class Record:
         sites: a sample of the output of each linear and attention.
         blocks: a sample of what leaves each repeated block, by the path of the block.
         broken: how many values are NaN or infinite, for each place that has any.
-        clipped: share of the sampled values that got the largest code, of the operand of an 8-bit
-            attention with the most of them.
+        clipped: share of the sampled values that got the largest code, of those operands that have
+            a scale from calibration: a linear's input, and of an attention the one with the most.
         own: relative L2 error of each 8-bit attention against a float one on the same operands,
             where the program still has these.
     """
@@ -127,6 +127,7 @@ class _Recorder:
         self._leaving = block_outputs(self.graph) if self.has_blocks else {}
         attentions = [node for node in self.graph.nodes if _is_8bit_attention(node)]
         self._attentions = frozenset(attentions)
+        self._static = frozenset(node for node in self.graph.nodes if _has_static_input(node))
         self._rounding = {
             source: (node, index)
             for node in attentions
@@ -145,6 +146,8 @@ class _Recorder:
         if node in self._leaving:
             path = self._leaving[node]
             self.blocks[path] = self._looked_at(path, result)
+        if node in self._static and site is not None:
+            self.clipped[site] = _share_clipped(operands[0])
         if node in self._attentions and site is not None:
             self.clipped[site] = _clipped(operands)
             both = [self._floats.pop((node, index), None) for index in (0, 1)]
@@ -176,6 +179,18 @@ def _is_attention(node: Node) -> bool:
 def _is_8bit_attention(node: Node) -> bool:
     """Whether `node` is `scaled_attention`, or a kernel for it."""
     return _is_attention(node) and match.val(match.args(node)[0]).dtype in QMAX
+
+
+def _has_static_input(node: Node) -> bool:
+    """Whether `node` reads 8 bits and then a stored scale of them, as a linear may."""
+    if node.op != "call_function" or len(node.args) < 2 or not match.is_tensor(node.args[0]):
+        return False
+    return match.val(node.args[0]).dtype in QMAX and match.is_constant(node.args[1])
+
+
+def _share_clipped(x: Tensor) -> float:
+    """Return the share of the values of `x [..., S, C]` with the largest code, on its sample."""
+    return float((tokens_of(x).float().abs() >= QMAX[x.dtype]).float().mean())
 
 
 def _rounded_from(operand: Any) -> Node | None:

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from wancompile.kernels.base import Kernel, aligned, lacks_float, lacks_triton_device
 from wancompile.kernels.triton_linear import lacks_shapes
+from wancompile.ops.linear import row_scales
 from wancompile.ops.low_rank import (
     check_low_rank_down,
     check_scaled_linear_low_rank,
@@ -23,7 +24,8 @@ def low_rank_down_triton(x: Tensor, x_scale: Tensor, down: Tensor) -> Tensor:
     if out.numel():
         from wancompile.kernels.jit import low_rank
 
-        low_rank.launch(rows.contiguous(), x_scale.contiguous(), down.contiguous(), out)
+        scales = x_scale.reshape(-1, 1).expand(rows.shape[0], 1).contiguous()
+        low_rank.launch(rows.contiguous(), scales, down.contiguous(), out)
     return out.view(*x.shape[:-1], down.shape[0])
 
 
@@ -47,7 +49,7 @@ def linear_low_rank_triton(
 
         linear.launch(
             aligned(rows),
-            x_scale.contiguous(),
+            row_scales(x_scale),
             aligned(weight),
             weight_scale.contiguous(),
             None if bias is None else bias.contiguous(),

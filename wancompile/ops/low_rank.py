@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from wancompile.ops.check import is_8bit, is_scale, require
+from wancompile.ops.check import is_8bit, is_input_scale, require
 from wancompile.ops.chunk import row_chunks
 from wancompile.ops.linear import check_scaled_linear, scaled_linear
 from wancompile.quant.numerics import decode
@@ -17,14 +17,15 @@ def low_rank_down(x: Tensor, x_scale: Tensor, down: Tensor) -> Tensor:
 
     Args:
         x: `[..., K]`, int8 or e4m3.
-        x_scale: `[..., 1]` fp32, per token.
+        x_scale: `[..., 1]` fp32, per token, or `[1]` for all tokens.
         down: `[R, K]`, any float dtype.
 
     Returns:
         `[..., R]` in the dtype of `down`, computed in fp32 and rounded once.
     """
     check_low_rank_down(x, x_scale, down)
-    tokens, scales = x.reshape(-1, x.shape[-1]), x_scale.reshape(-1, 1)
+    tokens = x.reshape(-1, x.shape[-1])
+    scales = x_scale.reshape(-1, 1).expand(tokens.shape[0], 1)
     out = down.new_empty((tokens.shape[0], down.shape[0]))
     right = down.to(torch.float32).t()
     for rows in row_chunks(tokens.shape[0], tokens.shape[1], x.device):
@@ -54,7 +55,7 @@ def scaled_linear_low_rank(
 
     Args:
         x: `[..., K]`, int8 or e4m3.
-        x_scale: `[..., 1]` fp32, per token.
+        x_scale: `[..., 1]` fp32, per token, or `[1]` for all tokens.
         weight: `[N, K]`, of the dtype of `x`.
         weight_scale: `[N, 1]` fp32, per output channel.
         bias: `[N]`, any float dtype, or None.
@@ -91,9 +92,9 @@ def fake_scaled_linear_low_rank(
 
 def check_low_rank_down(x: Tensor, x_scale: Tensor, down: Tensor) -> None:
     """Raise InputError unless the arguments are those of `low_rank_down`."""
-    fits = is_8bit(x.dtype) and x.dim() >= 1 and is_scale(x_scale, *x.shape[:-1], 1)
+    fits = is_8bit(x.dtype) and x.dim() >= 1 and is_input_scale(x_scale, x)
     fits = fits and down.is_floating_point() and down.dim() == 2 and down.shape[1] == x.shape[-1]
-    need = "x int8 or float8_e4m3fn[..., K], x_scale float32[..., 1], down float[R, K]"
+    need = "x int8 or float8_e4m3fn[..., K], x_scale float32[..., 1] or [1], down float[R, K]"
     require(fits, "low_rank_down", need, x, x_scale, down)
 
 
