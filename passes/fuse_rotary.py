@@ -1,8 +1,8 @@
 """Make RMSNorm and rotary embedding of q and k, and their rounding to 8 bits, one op.
 
-Law: `quantize(rotate(rms_norm(x)))` is one function of x, the angles and the scale, and without the
-rounding to 8 bits `rotate(rms_norm(x))` is one of x and the angles. As one op nothing is rounded to
-16 bits in between, and a kernel passes over memory once.
+Law: `quantize(hadamard(rotate(rms_norm(x))))` is one function of x, the angles and the scale, if
+that is not its own, and without the rounding to 8 bits `rotate(rms_norm(x))` is one of x and the
+angles. As one op nothing is rounded to 16 bits in between, and a kernel passes over memory once.
 
     before                                          after
     %n = rms_norm(%x, [128], w)
@@ -11,12 +11,14 @@ rounding to 8 bits `rotate(rms_norm(x))` is one of x and the angles. As one op n
     %a = sub(mul(%e, %cos), mul(%o, %sin))
     %b = add(mul(%e, %sin), mul(%o, %cos))
     %r = permute(reshape(stack([%a, %b], 4), [b, s, 8, 16]), [0, 2, 1, 3])
-    %q = quantize_per_head(%r, scale, i8)           %q = norm_rotate_quantize(%x, w, %cos, ...)
+    %h = hadamard(%r)
+    %q = quantize_per_head(%h, scale, i8)           %q = norm_rotate_quantize(%x, w, %cos, ...)
+    %p, %s = quantize_per_token(%h, None, i8)       %p, %s = norm_rotate_quantize_per_token(...)
 
     %y = attention(%r, ...)                         %r = norm_rotate(%x, w, %cos, ...)
                                                     %y = attention(%r, ...)
 
-A stored vector that is subtracted before rounding to 8 bits is taken up by the op.
+A stored vector that is subtracted before rounding per head is taken up by the op.
 """
 
 from __future__ import annotations
@@ -50,10 +52,19 @@ class FuseRotary:
         """Look behind every quantise op per head, then behind what float attention compares."""
         angles = _Angles(draft)
         for node in match.nodes_of(draft.graph, ops.quantize_per_head.default):
-            rotated, shift = unshifted(match.args(node)[0])
+            turned, shift = unshifted(match.args(node)[0])
+            rotated, is_turned = _unturned(turned)
             found = _fixed_rotation(rotated)
             if isinstance(found, Rotation):
-                _fuse_rounding(draft, node, _operands(found, angles, node), shift)
+                operands = *_operands(found, angles, node), _stored_shift(draft, shift, node)
+                _fuse_per_head(draft, node, operands, is_turned)
+            else:
+                draft.skip(node, found, node)
+        for node in _rounded_per_token(draft):
+            rotated, is_turned = _unturned(match.args(node)[0])
+            found = _fixed_rotation(rotated)
+            if isinstance(found, Rotation):
+                _fuse_per_token(draft, node, _operands(found, angles, node), is_turned)
             else:
                 draft.skip(node, found, node)
         cross = {one.site for one in draft.attentions if not one.is_self}
@@ -74,6 +85,22 @@ def _compared(draft: Draft) -> Iterator[tuple[Node, Node]]:
                 yield node, value
 
 
+def _rounded_per_token(draft: Draft) -> list[Node]:
+    """Return what quantizes each head of each token, as of q: nothing else has four dims."""
+    found = match.nodes_of(draft.graph, ops.quantize_per_token.default)
+    return [
+        node
+        for node in found
+        if match.rank(match.args(node)[0]) == 4 and match.args(node)[1] is None
+    ]
+
+
+def _unturned(value: Node) -> tuple[Node, bool]:
+    """Return what is turned, and whether anything is."""
+    is_turned = match.is_op(value, ops.hadamard.default)
+    return (match.args(value)[0], True) if is_turned else (value, False)
+
+
 def _float_rotation(value: Node) -> Rotation | str:
     if match.val(value).dtype == torch.float64:
         return "it is rotated in float64, and the op computes in float32"
@@ -88,11 +115,18 @@ def _fixed_rotation(value: Node) -> Rotation | str:
     return found
 
 
-def _fuse_rounding(draft: Draft, node: Node, operands: tuple[Any, ...], shift: Node | None) -> None:
+def _fuse_per_head(draft: Draft, node: Node, operands: tuple[Any, ...], is_turned: bool) -> None:
     _, scale, dtype = match.args(node)
     draft.did(node, f"norm and rotation round to {match.dtype_name(dtype)}")
-    operands = *operands, _stored_shift(draft, shift, node), scale, dtype
-    draft.replace_call(node, ops.norm_rotate_quantize.default, *operands)
+    op = ops.norm_rotate_quantize.default
+    draft.replace_call(node, op, *operands, scale, is_turned, dtype)
+
+
+def _fuse_per_token(draft: Draft, node: Node, operands: tuple[Any, ...], is_turned: bool) -> None:
+    _, _, dtype = match.args(node)
+    draft.did(node, f"norm and rotation round to {match.dtype_name(dtype)}, by scales of their own")
+    op = ops.norm_rotate_quantize_per_token.default
+    draft.replace_call(node, op, *operands, is_turned, dtype)
 
 
 def _fuse_float(draft: Draft, node: Node, value: Node, operands: tuple[Any, ...]) -> None:

@@ -1,7 +1,7 @@
 """Insert observers: one for each value that a group reads, one for each self-attention operand.
 
 Law: an observer returns nothing and writes only to its own buffers, so the program computes what
-it did before.
+it did before. q and k are observed as they are rounded, turned.
 
     before                                          after
     %y = ...                                        %y = ...
@@ -23,6 +23,7 @@ from wancompile.ir import match
 from wancompile.ir.edit import Draft
 from wancompile.ir.levels import Level
 from wancompile.ir.site import Attention, Site
+from wancompile.passes.quantize_attention import is_turned
 from wancompile.quant.lines import HALVES, PER_RANGE
 
 ops = torch.ops.wancompile
@@ -91,7 +92,9 @@ class Observe:
                 for part, start in (("low", torch.inf), ("high", -torch.inf))
             ]
             line = _scalar(draft, HEAD_LINE, x.device, node)
-            draft.call(ops.observe_heads.default, value, *stored, line, before=node, like=node)
+            turned = operand != "v" and is_turned(node)
+            operands = value, *stored, line, turned
+            draft.call(ops.observe_heads.default, *operands, before=node, like=node)
         draft.did(attention.site, "q, k, v observed")
 
 

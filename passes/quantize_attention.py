@@ -1,24 +1,31 @@
-"""Replace float self-attention by 8-bit attention with calibrated per-head scales.
+"""Replace float self-attention by 8-bit attention.
 
 Law: rounding. q and k come out of a norm, so their range per head is known from calibration and a
-static scale serves every call; the scales multiply back inside the logits and after the sum.
+static scale serves every call; in int8 each query has its own scale, which costs nothing, as it is
+a factor of a row of logits. The scales multiply back inside the logits and after the sum.
+
+q and k are turned by an orthonormal matrix first, (q H) (k H)^T = q k^T (Ashkboos et al. 2024,
+"QuaRot"), which spreads large channels over all and so halves the step. Heads whose size is no
+power of two are not turned: they have no such matrix.
 
 A vector subtracted from all keys adds the same number to all logits of a query, which softmax does
 not see: softmax(q (k - c)^T) = softmax(q k^T). With c the middle of each channel's range, the range
 of k - c is the narrowest there is, and the step of its 8 bits is proportional to it.
 
     before                                          after
-                                                    %q8 = quantize_per_head(%q, q_scale, i8)
-                                                    %k8 = quantize_per_head(sub(%k, c), k_scale, i8)
-    %o = attention(%q, %k, %v)                      %o = scaled_attention(%q8, %k8, %v, ...)
+                                                    %qh, %kh = hadamard(%q), hadamard(%k)
+                                                    %q8, %s = quantize_per_token(%qh, None, i8)
+                                                    %k8 = quantize_per_head(sub(%kh, c), t, i8)
+    %o = attention(%q, %k, %v)                      %o = scaled_attention(%q8, %k8, %v, %s, t, ...)
 
-The op rounds v itself, since tensor cores want it in an order of their own.
+The op rounds v itself, to e4m3 or bf16, since tensor cores want it in an order of their own.
 
 Cross-attention stays as it is: over a few hundred text tokens it is 1.5 % of the work.
 """
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -31,9 +38,10 @@ from wancompile.ir import match
 from wancompile.ir.edit import Draft
 from wancompile.ir.levels import Level
 from wancompile.ir.site import Attention, Fold, Group, Site
+from wancompile.ops.hadamard import has_hadamard
 from wancompile.quant.head_scales import HeadScales
 from wancompile.quant.stats import HeadStats, Stats
-from wancompile.recipe import DTYPES, Recipe
+from wancompile.recipe import AttentionSpec, Recipe
 
 aten = torch.ops.aten
 ops = torch.ops.wancompile
@@ -58,47 +66,57 @@ class QuantizeAttention:
         nodes = match.by_site(draft.graph)
         groups = {group.key: group for group in draft.groups}
         for attention in draft.attentions:
-            node, dtype = nodes[attention.site], self.recipe.attention_for(attention.site)
+            node, spec = nodes[attention.site], self.recipe.attention_for(attention.site)
             reason = obstacle(attention, node)
-            if reason or dtype is None:
+            if reason or spec is None:
                 reason = reason or "the recipe leaves it in floating point"
                 draft.skip(attention.site, reason, node)
                 continue
             inverse = value_inverse(draft.state, attention, groups)
-            self._rewrite(draft, attention, node, inverse, dtype)
+            found = HeadScales.of(stats_of(self.stats, attention, node), inverse, spec.torch_dtype)
+            _Rewriting(draft, attention, node, spec).run(found)
 
-    def _rewrite(
-        self,
-        draft: Draft,
-        attention: Attention,
-        node: Node,
-        v_inverse: torch.Tensor | None,
-        dtype: str,
-    ) -> None:
-        found = HeadScales.of(stats_of(self.stats, attention, node), v_inverse, DTYPES[dtype])
-        operands = dict(zip("qkv", match.args(node)[:3], strict=True))
+
+@dataclass(frozen=True)
+class _Rewriting:
+    """Replaces one attention, all of whose new nodes come right before it."""
+
+    draft: Draft
+    attention: Attention
+    node: Node
+    spec: AttentionSpec
+
+    def run(self, found: HeadScales) -> None:
+        q, k, v = match.args(self.node)[:3]
+        if is_turned(self.node):
+            q, k = (self._call(ops.hadamard.default, one) for one in (q, k))
         if found.middle is not None:
-            operands["k"] = _centred(draft, attention, operands["k"], found.middle, node)
-        device = match.val(node).device
-        scales = [
-            draft.store(_stored_name(attention, f"{operand}_scale"), one.to(device), before=node)
-            for operand, one in zip("qkv", (found.q, found.k, found.v), strict=True)
-        ]
-        to_8_bits = ops.quantize_per_head.default
-        rounded = [
-            draft.call(to_8_bits, operands[one], scale, DTYPES[dtype], before=node, like=node)
-            for one, scale in zip("qk", scales, strict=False)
-        ]
-        draft.did(attention.site, f"q, k in {dtype}, v in fp8")
-        draft.replace_call(
-            node,
-            ops.scaled_attention.default,
-            *rounded,
-            operands["v"],
-            *scales,
-            softmax_scale(node),
-            match.val(node).dtype,
-        )
+            k = self._call(aten.sub.Tensor, k, self._stored("k_middle", found.middle))
+        k_scale = self._stored("k_scale", found.k)
+        q8, q_scale = self._queries(q, found)
+        k8 = self._call(ops.quantize_per_head.default, k, k_scale, self.spec.torch_dtype)
+        v_scale = self._stored("v_scale", found.v) if self.spec.rounds_values else None
+        basis = ", turned" if is_turned(self.node) else ""
+        self.draft.did(self.attention.site, f"{self.spec}{basis}")
+        operands = (q8, k8, v, q_scale, k_scale, v_scale)
+        last = softmax_scale(self.node), match.val(self.node).dtype
+        self.draft.replace_call(self.node, ops.scaled_attention.default, *operands, *last)
+
+    def _queries(self, q: Node, found: HeadScales) -> tuple[Node, Node]:
+        """Return q in 8 bits and its scale."""
+        dtype = self.spec.torch_dtype
+        if not self.spec.scales_queries:
+            scale = self._stored("q_scale", found.q)
+            return self._call(ops.quantize_per_head.default, q, scale, dtype), scale
+        both = self._call(ops.quantize_per_token.default, q, None, dtype)
+        return self._call(operator.getitem, both, 0), self._call(operator.getitem, both, 1)
+
+    def _call(self, target: Any, *args: Any) -> Node:
+        return self.draft.call(target, *args, before=self.node, like=self.node)
+
+    def _stored(self, part: str, tensor: torch.Tensor) -> Node:
+        name = f"{self.attention.site}_{part}".replace("#", "_call_").replace(":", ".")
+        return self.draft.store(name, tensor.to(match.val(self.node).device), before=self.node)
 
 
 def stats_of(stats: Stats | None, attention: Attention, node: Node) -> dict[str, HeadStats]:
@@ -117,16 +135,9 @@ def stats_of(stats: Stats | None, attention: Attention, node: Node) -> dict[str,
     return found
 
 
-def _stored_name(attention: Attention, part: str) -> str:
-    return f"{attention.site}_{part}".replace("#", "_call_").replace(":", ".")
-
-
-def _centred(
-    draft: Draft, attention: Attention, keys: Node, middle: torch.Tensor, before: Node
-) -> Node:
-    value = middle.to(match.val(keys).device)
-    stored = draft.store(_stored_name(attention, "k_middle"), value, before=before)
-    return draft.call(aten.sub.Tensor, keys, stored, before=before, like=before)
+def is_turned(node: Node) -> bool:
+    """Whether q and k of an attention are turned, when they are observed and when they round."""
+    return has_hadamard(match.shape(match.args(node)[0])[-1])
 
 
 def obstacle(attention: Attention, node: Node) -> str:

@@ -11,7 +11,7 @@ import wancompile
 from wancompile import passes, pipeline
 from wancompile.pipeline import relative_error
 from wancompile.program import Program
-from wancompile.recipe import AttentionRule, QSpec, Recipe, Rule
+from wancompile.recipe import ATTENTIONS, AttentionRule, QSpec, Recipe, Rule
 from wancompile.sensitivity import sensitivity
 
 
@@ -43,6 +43,6 @@ made = cache(Subject)
 
 def only(group_or_attention: str, dtype: str) -> Recipe:
     if group_or_attention.endswith(":attention"):
-        rules = (AttentionRule(group_or_attention, dtype),)
+        rules = (AttentionRule(group_or_attention, ATTENTIONS[dtype]),)
         return Recipe("one", None, attention_rules=rules)
     return Recipe("one", None, (Rule(group_or_attention, QSpec(dtype)),))

@@ -17,7 +17,7 @@ from wancompile import pipeline
 from wancompile.passes import FUSE, NORMALIZE, QuantizeAttention, QuantizeLinears
 from wancompile.program import Program
 from wancompile.quant.stats import Stats
-from wancompile.recipe import QSpec, Recipe
+from wancompile.recipe import ATTENTIONS, QSpec, Recipe
 
 HEADS, HEAD_DIM = 3, 4
 CHANNELS = HEADS * HEAD_DIM
@@ -73,8 +73,8 @@ def fused(program: Program) -> Program:
 
 
 def plain(dtype: str, attention: str | None = None) -> Recipe:
-    """A recipe without smoothing."""
-    return Recipe("plain", QSpec(dtype, smooth=False), attention=attention)
+    """A recipe without smoothing; `attention` is a name in `ATTENTIONS`."""
+    return Recipe("plain", QSpec(dtype, smooth=False), attention=ATTENTIONS.get(attention or ""))
 
 
 # 8 bits by hand, in float64 --------------------------------------------------------------------

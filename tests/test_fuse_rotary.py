@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -19,6 +21,9 @@ TENSORS = {
     "scale": torch.tensor([0.02, 0.03, 0.04]),
 }
 BF16_TENSORS = TENSORS | {"weight": TENSORS["weight"].to(BF16)}
+ops = torch.ops.wancompile
+# Sylvester's, of heads of four.
+HADAMARD = torch.tensor([[1, 1, 1, 1], [1, -1, 1, -1], [1, 1, -1, -1], [1, -1, -1, 1]]) / 2
 SHIFT = {"shift": torch.randn(HEADS, 1, HEAD_DIM, generator=DRAW)}
 
 
@@ -90,20 +95,33 @@ def without_gain(self, x):
 SPELLINGS = (wan, stacked, selected_tables, backwards, without_gain)
 
 
-def program(fn, x=X, dtype="int8", **more):
+def program(fn, x=X, dtype="int8", *, turned=False, **more):
     def rounded(self, x):
         value = fn(self, x)
+        if turned:
+            value = ops.hadamard(value)
         if "shift" in more:
             value = value - self.shift
-        return torch.ops.wancompile.quantize_per_head(value, self.scale, TYPES[dtype])
+        return ops.quantize_per_head(value, self.scale, TYPES[dtype])
 
     return called_fused(rounded, x, **{**TENSORS, **more})
 
 
-def exact(fn, x, shift=0.0, **more):
+def per_token(fn, x=X, dtype="int8", *, turned=False, **more):
+    """Rounded by a scale for each head of each token."""
+
+    def rounded(self, x):
+        value = fn(self, x)
+        return ops.quantize_per_token(ops.hadamard(value) if turned else value, None, TYPES[dtype])
+
+    return called_fused(rounded, x, **{**TENSORS, **more})
+
+
+def exact(fn, x, shift=0.0, *, turned=False, **more):
     with torch.no_grad():
         value = fn(Function(fn, **{**TENSORS, **more}).double(), x.double())
-    return value.double() - shift
+    value = value.double() @ HADAMARD.double() if turned else value.double()
+    return value - shift
 
 
 def attended(fn, x=X, **more):
@@ -124,18 +142,44 @@ def fused(fn, x=X, dtype="int8", **more):
     return run_pass(program(fn, x, dtype, **more), FuseRotary())
 
 
+BASES = [{}, {**SHIFT, "turned": True}]
+NAMES = ["plain", "turned and shifted"]
+
+
 def test_norm_and_rotation_round_their_own_output(golden):
-    golden(fused(wan, **SHIFT).print("canonical"))
+    golden(fused(wan, turned=True, **SHIFT).print("canonical"))
+
+
+def test_norm_and_rotation_find_scales_of_their_own(golden):
+    golden(run_pass(per_token(wan, turned=True), FuseRotary()).print("canonical"))
 
 
 @pytest.mark.parametrize("dtype", ["int8", "fp8"])
-@pytest.mark.parametrize("more", [{}, SHIFT], ids=["plain", "shifted"])
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("fn", SPELLINGS)
+def test_every_spelling_rounds_each_token_to_the_nearest(fn, turned, dtype):
+    before = per_token(fn, dtype=dtype, turned=turned)
+    after = run_pass(before, FuseRotary())
+    found = counts(after)
+    assert found["norm_rotate_quantize_per_token"] == 1
+    assert not {"rms_norm", "permute", "quantize_per_token", "hadamard"} & set(found)
+    q, step = after(x=X)
+    value = exact(fn, X, turned=turned)
+    top = value.abs().amax(-1, keepdim=True)
+    torch.testing.assert_close(step.double(), top / largest(dtype), rtol=1e-5, atol=0)
+    half = step / 2 if dtype == "int8" else torch.maximum(value.abs() / 16, step / 1024)
+    assert ((q.double() * step - value).abs() <= half + 1e-5).all()
+    assert (q.float() != before(x=X)[0].float()).float().mean() < 0.01
+
+
+@pytest.mark.parametrize("dtype", ["int8", "fp8"])
+@pytest.mark.parametrize("more", BASES, ids=NAMES)
 @pytest.mark.parametrize("fn", SPELLINGS)
 def test_every_spelling_rounds_to_the_nearest(fn, more, dtype):
     after = fused(fn, dtype=dtype, **more)
     found = counts(after)
     assert found["norm_rotate_quantize"] == 1
-    assert not {"rms_norm", "permute", "quantize_per_head"} & set(found)
+    assert not {"rms_norm", "permute", "quantize_per_head", "hadamard"} & set(found)
     q, before = after(x=X), program(fn, dtype=dtype, **more)(x=X)
     value, step = exact(fn, X, **more), TENSORS["scale"].double()[:, None, None]
     top = step * largest(dtype)
@@ -145,7 +189,7 @@ def test_every_spelling_rounds_to_the_nearest(fn, more, dtype):
     assert relative_error(steps(q), steps(before)) < 0.01
 
 
-@pytest.mark.parametrize("more", [{}, SHIFT], ids=["plain", "shifted"])
+@pytest.mark.parametrize("more", BASES, ids=NAMES)
 @pytest.mark.parametrize("fn", SPELLINGS)
 def test_bf16_is_rounded_less_often(fn, more):
     x, more = X.to(BF16), {"weight": TENSORS["weight"].to(BF16), **more}
@@ -158,7 +202,7 @@ def test_bf16_is_rounded_less_often(fn, more):
 
 def test_q_and_k_share_one_view_of_the_tables():
     def fn(self, x):
-        op = torch.ops.wancompile.quantize_per_head
+        op = ops.quantize_per_head
         return [op(wan(self, one), self.scale, torch.int8) for one in (x, torch.tanh(x))]
 
     after = run_pass(called_fused(fn, X, **TENSORS), FuseRotary())
@@ -169,7 +213,7 @@ def test_q_and_k_share_one_view_of_the_tables():
 
 def test_a_norm_that_others_read_is_computed_for_them():
     def fn(self, x):
-        op = torch.ops.wancompile.quantize_per_head
+        op = ops.quantize_per_head
         return op(wan(self, x), self.scale, torch.int8), norm(self, x)
 
     after = run_pass(called_fused(fn, X, **TENSORS), FuseRotary())
@@ -267,7 +311,7 @@ def test_keys_that_two_attentions_read_are_computed_once():
 def test_a_value_that_is_rounded_for_one_and_not_for_another():
     def fn(self, x):
         value = wan(self, x)
-        rounded = torch.ops.wancompile.quantize_per_head(value, self.scale, torch.int8)
+        rounded = ops.quantize_per_head(value, self.scale, torch.int8)
         return rounded, F.scaled_dot_product_attention(value, value, value)
 
     before = called_fused(fn, X, **TENSORS)
@@ -282,7 +326,7 @@ def test_an_attention_before_one_in_8_bits_reads_the_same_tables():
     def fn(self, x):
         value = wan(self, x)
         out = F.scaled_dot_product_attention(value, value, value).transpose(1, 2).flatten(2)
-        return torch.ops.wancompile.quantize_per_head(wan(self, out), self.scale, torch.int8)
+        return ops.quantize_per_head(wan(self, out), self.scale, torch.int8)
 
     before = called_fused(fn, X, **TENSORS)
     after = run_pass(before, FuseRotary())
@@ -469,20 +513,31 @@ def three_parts(self, x):
         (pairs_of_halves, "not neighbouring channels"),
         (halves, "not rotated by pairs"),
         (stacked_before_pairs, "not rotated by pairs"),
-        (three_parts, "not rotated by pairs"),
         (whole_numbers, "not rotated by pairs"),
         (tokens_first, "not laid out"),
         (odd_channels_alone, "not neighbouring channels"),
         (regrouped, "not rotated by pairs"),
     ],
 )
-@pytest.mark.parametrize("reader", [program, attended], ids=["8 bits", "float"])
+@pytest.mark.parametrize(
+    "reader",
+    [program, partial(per_token, turned=True), attended],
+    ids=["8 bits", "turned, per token", "float"],
+)
 def test_what_is_not_this_rotation_stays(fn, reason, reader):
     before = reader(fn)
     after = run_pass(before, FuseRotary())
     assert after.print() == before.print()
     (found,) = skips(after)
     assert reason in found
+
+
+@pytest.mark.parametrize("reader", [program, per_token, attended])
+def test_heads_of_three_parts_stay(reader):
+    before = reader(three_parts)
+    after = run_pass(before, FuseRotary())
+    assert after.print() == before.print()
+    assert "not rotated by pairs" in skips(after)[0]
 
 
 def test_other_heads_than_were_rotated_stay():
@@ -493,7 +548,7 @@ def test_other_heads_than_were_rotated_stay():
         turn = angles(self, x)
         parts = even * turn.cos() - odd * turn.sin(), even * turn.sin() + odd * turn.cos()
         heads = torch.stack(parts, -1).reshape(x.shape[0], x.shape[1], 6, 2).transpose(1, 2)
-        return torch.ops.wancompile.quantize_per_head(heads, self.scale, torch.int8)
+        return ops.quantize_per_head(heads, self.scale, torch.int8)
 
     before = called_fused(fn, X, **{**TENSORS, "scale": torch.linspace(0.01, 0.06, 6)})
     after = run_pass(before, FuseRotary())
@@ -509,10 +564,45 @@ def test_a_shift_of_another_shape_stays(shape):
     assert "not laid out" in skips(after)[0]
 
 
+def test_what_is_turned_after_the_shift_stays():
+    def fn(self, x):
+        value = ops.hadamard(wan(self, x) - self.shift)
+        return ops.quantize_per_head(value, self.scale, torch.int8)
+
+    before = called_fused(fn, X, **TENSORS, **SHIFT)
+    after = run_pass(before, FuseRotary())
+    assert after.print() == before.print()
+    assert "not laid out" in skips(after)[0]
+
+
+def test_what_is_turned_twice_stays():
+    def fn(self, x):
+        return ops.quantize_per_token(ops.hadamard(ops.hadamard(wan(self, x))), None, torch.int8)
+
+    before = called_fused(fn, X, **TENSORS)
+    after = run_pass(before, FuseRotary())
+    assert after.print() == before.print()
+    assert "not laid out" in skips(after)[0]
+
+
+def test_rows_with_a_smooth_scale_and_rows_of_three_dims_are_no_queries():
+    def fn(self, x):
+        smooth = self.scale.new_ones(HEAD_DIM)
+        return [
+            *ops.quantize_per_token(wan(self, x), smooth, torch.int8),
+            *ops.quantize_per_token(wan(self, x).transpose(1, 2).flatten(2), None, torch.int8),
+        ]
+
+    before = called_fused(fn, X, **TENSORS)
+    after = run_pass(before, FuseRotary())
+    assert after.print() == before.print()
+    assert not skips(after)
+
+
 def test_a_shift_by_alpha_stays():
     def fn(self, x):
         value = torch.sub(wan(self, x), self.shift, alpha=2)
-        return torch.ops.wancompile.quantize_per_head(value, self.scale, torch.int8)
+        return ops.quantize_per_head(value, self.scale, torch.int8)
 
     before = called_fused(fn, X, **TENSORS, **SHIFT)
     after = run_pass(before, FuseRotary())

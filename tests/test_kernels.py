@@ -26,6 +26,7 @@ NORM = torch.ops.wancompile.norm_quantize.default
 RESIDUAL_NORM = torch.ops.wancompile.residual_norm_quantize.default
 ADD_GATED = torch.ops.wancompile.add_gated.default
 ROTATE = torch.ops.wancompile.norm_rotate_quantize.default
+ROTATE_PER_TOKEN = torch.ops.wancompile.norm_rotate_quantize_per_token.default
 FLOAT_ROTATE = torch.ops.wancompile.norm_rotate.default
 RMS_NORM = torch.ops.aten.rms_norm.default
 SDPA = torch.ops.aten.scaled_dot_product_attention.default
@@ -67,7 +68,8 @@ def stream_args(op, dtype: torch.dtype = INT8, channels: int = 64) -> tuple:
         NORM: (x, *[None] * 5, 1e-6, None, dtype),
         RESIDUAL_NORM: (x, x, *[None] * 7, 1e-6, None, dtype),
         ADD_GATED: (x, x, None, None, None),
-        ROTATE: (x, None, 1e-6, angles, angles, None, scale, dtype),
+        ROTATE: (x, None, 1e-6, angles, angles, None, scale, False, dtype),
+        ROTATE_PER_TOKEN: (x, None, 1e-6, angles, angles, True, dtype),
         FLOAT_ROTATE: (x, None, 1e-6, angles, angles, torch.bfloat16),
         RMS_NORM: (x, [channels], None, 1e-6),
     }[op]
@@ -119,6 +121,12 @@ def give(monkeypatch, capability, reason_against_triton=None):
         ((8, 9), RESIDUAL_NORM, stream_args(RESIDUAL_NORM, FP8), "residual_norm_quantize_triton"),
         ((8, 0), ADD_GATED, stream_args(ADD_GATED), "add_gated_triton"),
         ((8, 9), ROTATE, stream_args(ROTATE, FP8), "norm_rotate_quantize_triton"),
+        (
+            (8, 0),
+            ROTATE_PER_TOKEN,
+            stream_args(ROTATE_PER_TOKEN),
+            "norm_rotate_quantize_per_token_triton",
+        ),
         ((8, 0), FLOAT_ROTATE, stream_args(FLOAT_ROTATE), "norm_rotate_triton"),
         ((8, 0), RMS_NORM, stream_args(RMS_NORM), "rms_norm_triton"),
         ((9, 0), SDPA, sdpa_args(128), "attention_cudnn"),
@@ -160,6 +168,12 @@ def test_a_gpu_gets_a_kernel(monkeypatch, capability, op, args, name):
         (GELU, stream_args(GELU, channels=16388), "gelu_quantize_triton", "more than 16384"),
         (NORM, stream_args(NORM, channels=16388), "norm_quantize_triton", "more than 16384"),
         (ROTATE, stream_args(ROTATE, channels=16388), "norm_rotate_quantize_triton", "more than"),
+        (
+            ROTATE_PER_TOKEN,
+            stream_args(ROTATE_PER_TOKEN, channels=16388),
+            "norm_rotate_quantize_per_token_triton",
+            "more than",
+        ),
         (
             FLOAT_ROTATE,
             stream_args(FLOAT_ROTATE, channels=16388),
@@ -328,6 +342,17 @@ def test_scaled_mm_kernel_is_the_plain_body_to_bf16(bias):
         args[4] = None
     out, plain = torch_linear.fp8_linear_scaled_mm(*args), ops.scaled_linear(*args)
     torch.testing.assert_close(out, plain, rtol=2**-7, atol=2**-7)
+
+
+@pytest.mark.parametrize("in_bf16", [False, True])
+def test_sdpa_kernel_takes_a_scale_for_each_query(in_bf16):
+    q, k, v = torch.randn(3, 2, 4, 50, 16)
+    q8, q_scale = ops.quantize_per_token(q, None, INT8)
+    scale = torch.full((4,), 4.0)
+    k8 = ops.quantize_per_head(k, scale / 127, INT8)
+    args = q8, k8, v, q_scale, scale / 127, None if in_bf16 else scale / 448, 0.25, torch.float32
+    out, plain = torch_attention.attention_dequantize_sdpa(*args), ops.scaled_attention(*args)
+    assert (out - plain).norm() / plain.norm() < (0.01 if in_bf16 else 0.03)
 
 
 def test_sdpa_kernel_is_near_the_plain_body():

@@ -67,7 +67,8 @@ def test_plain_bodies_compute_the_same_bits(dtype):
     assert torch.equal(after(x=X), before(x=X))
     notes = {note.site: note.text for note in after.records[-1].done}
     assert notes["wancompile.scaled_linear.default"] == "2 x plain body"
-    assert notes["wancompile.quantize_per_token.default"] == "2 x plain body"
+    calls = {"int8": 3, "fp8": 2}[dtype]  # of queries in int8, too
+    assert notes["wancompile.quantize_per_token.default"] == f"{calls} x plain body"
     assert {note.text for note in after.records[-1].skipped} >= {
         "2 x no kernel: each needs a CUDA device, not cpu"
     }
@@ -88,8 +89,9 @@ def test_a_gpu_gets_kernels(monkeypatch, capability, dtype, kernel):
     after = pipeline.run(before, [Lower(CUDA)])
     assert counts(after)[kernel] == 2  # q, k and v are one product
     assert counts(after)["attention_dequantize_sdpa"] == 1
-    assert counts(after)["quantize_per_token_triton"] == 2
-    assert counts(after)["quantize_per_head_triton"] == 2
+    of_queries = dtype == "int8"  # by scales of their own
+    assert counts(after)["quantize_per_token_triton"] == 2 + of_queries
+    assert counts(after)["quantize_per_head_triton"] == 2 - of_queries
     assert not {"scaled_linear", "scaled_attention"} & set(counts(after))
     assert len(after.graph.nodes) == len(before.graph.nodes)
 

@@ -48,6 +48,12 @@ def attention_args(dtype: torch.dtype, b=2, h=3, sq=5, sk=7, d=8) -> tuple:
     return q, k, v, *scales, d**-0.5, torch.float32
 
 
+def queries_scaled(args: tuple) -> tuple:
+    """The same with a scale for each query."""
+    q, k, v, q_scale, *rest = args
+    return q, k, v, torch.rand(*q.shape[:3], 1) * q_scale[:, None, None], *rest
+
+
 def stream(batch: int, tokens: int, channels: int) -> tuple:
     """x, y, gate `[B, 1, C]` and no offset."""
     x, y = (torch.randn(batch, tokens, channels) for _ in range(2))
@@ -63,11 +69,14 @@ def modulation(batch: int, tokens: int, channels: int) -> tuple:
     return weight, offsets[0], bias, offsets[1], rows, 1e-6, smooth
 
 
-def rotary_args(dtype: torch.dtype, weight: bool = True, shift: bool = False) -> tuple:
+def rotary_args(
+    dtype: torch.dtype, weight: bool = True, shift: bool = False, turned: bool = False
+) -> tuple:
     x, angle = torch.randn(2, 5, 3 * 8), torch.randn(5, 4)
     w = torch.rand(24) + 0.5 if weight else None
     s = torch.randn(3, 8) if shift else None
-    return x, w, 1e-6, angle.cos(), angle.sin(), s, torch.rand(3) * 4 / QMAX[dtype], dtype
+    scale = torch.rand(3) * 4 / QMAX[dtype]
+    return x, w, 1e-6, angle.cos(), angle.sin(), s, scale, turned, dtype
 
 
 def float_rotary_args(dtype: torch.dtype = torch.float32, weight: bool = True) -> tuple:
@@ -93,7 +102,14 @@ OPCHECKS = [
     (ops.repeated_rows, (torch.randint(0, 2, (2, 5, 1)).expand(2, 5, 3),)),
     (ops.repeated_rows, (torch.randn(1, 1, 2, 3, dtype=torch.bfloat16),)),
     *[(ops.norm_rotate_quantize, rotary_args(d)) for d in DTYPES],
-    (ops.norm_rotate_quantize, rotary_args(INT8, weight=False, shift=True)),
+    (ops.norm_rotate_quantize, rotary_args(INT8, weight=False, shift=True, turned=True)),
+    *[
+        (ops.norm_rotate_quantize_per_token, (*rotary_args(d)[:5], turned, d))
+        for d, turned in ((INT8, True), (FP8, False))
+    ],
+    (ops.hadamard, (torch.randn(2, 3, 8),)),
+    (ops.hadamard, (torch.randn(2, 8, 4, dtype=torch.bfloat16).transpose(1, 2),)),
+    *[(ops.scaled_attention, queries_scaled(attention_args(d))) for d in DTYPES],
     (ops.norm_rotate, float_rotary_args()),
     (ops.norm_rotate, float_rotary_args(torch.bfloat16, weight=False)),
 ]
@@ -186,10 +202,14 @@ def test_scaled_linear_shows_nan():
     assert out.isnan().all(1).tolist() == [False, True, False]
 
 
+@pytest.mark.parametrize("per_token", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_scaled_attention_is_float64_attention_but_for_the_rounding_of_p(dtype):
-    q, k, v, qs, ks, vs, scale, _ = args = attention_args(dtype, sq=37, sk=300, d=16)
-    qf, kf, vf = (t.double() * s.double()[:, None, None] for t, s in ((q, qs), (k, ks), (v, vs)))
+def test_scaled_attention_is_float64_attention_but_for_the_rounding_of_p(dtype, per_token):
+    args = attention_args(dtype, sq=37, sk=300, d=16)
+    args = queries_scaled(args) if per_token else args
+    q, k, v, qs, ks, vs, scale, _ = args
+    kf, vf = (t.double() * s.double()[:, None, None] for t, s in ((k, ks), (v, vs)))
+    qf = q.double() * (qs if per_token else qs[:, None, None]).double()
     p = torch.softmax(qf @ kf.transpose(-1, -2) * scale, -1)
     error = (ops.scaled_attention(*args) - p @ vf).abs()
     rounding = 2.0**-4 * p + 2.0**-18 * p.amax(-1, keepdim=True)  # e4m3 of 256 p / max(p)
@@ -205,9 +225,11 @@ def test_scaled_attention_is_exact_where_p_is():
     torch.testing.assert_close(out, v.float().mean(2, keepdim=True).expand(1, 1, 3, 8))
 
 
+@pytest.mark.parametrize("per_token", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_ops_are_the_same_in_chunks(dtype, monkeypatch):
+def test_ops_are_the_same_in_chunks(dtype, per_token, monkeypatch):
     attention, linear = attention_args(dtype, sq=11), linear_args(11, 7, 5, dtype)
+    attention = queries_scaled(attention) if per_token else attention
     whole = ops.scaled_attention(*attention), ops.scaled_linear(*linear)
     monkeypatch.setattr(chunk, "CPU_ELEMENTS", 100)
     parts = ops.scaled_attention(*attention), ops.scaled_linear(*linear)
@@ -247,6 +269,13 @@ WRONG = [
     (ops.scaled_linear, (*linear_args(2, 8, 4, INT8)[:2], *linear_args(2, 9, 4, INT8)[2:])),
     (ops.scaled_linear, (*linear_args(2, 8, 4, INT8)[:5], torch.int8)),
     (ops.scaled_attention, (*attention_args(INT8)[:2], *attention_args(INT8, sk=6)[2:])),
+    *[
+        (ops.scaled_attention, (*attention_args(INT8)[:3], scale, *attention_args(INT8)[4:]))
+        for scale in (torch.ones(2, 3, 5), torch.ones(2, 3, 7, 1))
+    ],
+    (ops.hadamard, (torch.ones(2, 6),)),
+    (ops.hadamard, (torch.ones(2, 8, dtype=INT8),)),
+    (ops.hadamard, (torch.ones(()),)),
 ]
 
 
@@ -368,11 +397,54 @@ def test_norm_rotate_rounds_once(source, dtype, weight):
     assert ((out - exact).abs() <= torch.finfo(dtype).eps / 2 * exact.abs() + 2e-6).all()
 
 
+def sylvester(size: int) -> Tensor:
+    """The orthonormal matrix whose signs are the parity of the bits that row and column share."""
+    both = [[bin(i & j).count("1") for j in range(size)] for i in range(size)]
+    return (-1.0) ** torch.tensor(both, dtype=torch.float64) * size**-0.5
+
+
+@pytest.mark.parametrize("size", [1, 2, 8, 64, 128])
+def test_turning_q_and_k_changes_no_product(size):
+    q, k = torch.randn(2, 3, 5, size, dtype=torch.float64), torch.randn(2, 3, 7, size).double()
+    a, b = ops.hadamard(q), ops.hadamard(k)
+    torch.testing.assert_close(a, q @ sylvester(size), rtol=0, atol=1e-12)
+    products = q @ k.transpose(-1, -2)
+    torch.testing.assert_close(a @ b.transpose(-1, -2), products, rtol=0, atol=1e-12)
+    torch.testing.assert_close(ops.hadamard(a), q, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_hadamard_is_computed_in_float32_and_rounded_once(dtype):
+    x = torch.randn(3, 5, 64).to(dtype)
+    exact = x.double() @ sylvester(64)
+    out = ops.hadamard(x)
+    assert (out.shape, out.dtype) == (x.shape, dtype)
+    bound = torch.finfo(dtype).eps / 2 * exact.abs() + 1e-6
+    assert ((out - exact).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("turned", [False, True])
+def test_norm_rotate_quantize_per_token_rounds_each_head_by_its_own_scale(dtype, turned):
+    given = *rotary_args(dtype)[:5], turned, dtype
+    exact = rotated(*given[:5])
+    exact = exact @ sylvester(8) if turned else exact
+    q, scale = ops.norm_rotate_quantize_per_token(*given)
+    assert q.is_contiguous()
+    assert scale.is_contiguous()
+    assert (q.shape, scale.shape) == ((2, 3, 5, 8), (2, 3, 5, 1))
+    top = exact.abs().amax(-1, keepdim=True)
+    torch.testing.assert_close(scale.double(), top / QMAX[dtype], rtol=1e-5, atol=0)
+    assert ((q.double() * scale - exact).abs() <= half_step(exact, scale, dtype)).all()
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shift", [False, True])
-def test_norm_rotate_quantize_turns_pairs_of_channels(dtype, shift):
-    x, w, eps, cos, sin, c, scale, _ = args = rotary_args(dtype, shift=shift)
+@pytest.mark.parametrize("turned", [False, True])
+def test_norm_rotate_quantize_turns_pairs_of_channels(dtype, shift, turned):
+    x, w, eps, cos, sin, c, scale, *_ = args = rotary_args(dtype, shift=shift, turned=turned)
     exact = rotated(x, w, eps, cos, sin)
+    exact = exact @ sylvester(8) if turned else exact
     exact = exact if c is None else exact - c[:, None]
     limit = (scale * QMAX[dtype])[:, None, None]
     exact = exact.clamp(-limit, limit)
@@ -407,7 +479,16 @@ def test_scaled_attention_rounds_float_values(wide):
             "weight",
         ),
         (ops.add_gated, (torch.randn(1, 3, 8), torch.randn(1, 2, 8), None, None, None), "y float"),
-        (ops.norm_rotate_quantize, (*rotary_args(INT8)[:-2], torch.ones(5), INT8), "cos and sin"),
+        (
+            ops.norm_rotate_quantize,
+            (*rotary_args(INT8)[:-3], torch.ones(5), False, INT8),
+            "cos and sin",
+        ),
+        (
+            ops.norm_rotate_quantize_per_token,
+            (torch.ones(2, 5, 24), None, 1e-6, torch.ones(5, 3), torch.ones(5, 3), True, INT8),
+            "a power of two",
+        ),
         (ops.norm_rotate, float_rotary_args(FP8), "16 bits or more"),
         (ops.norm_rotate, float_rotary_args(torch.int32), "16 bits or more"),
         (ops.norm_rotate, (*float_rotary_args()[:3], *torch.ones(2, 5, 5), BF16), "cos and sin"),

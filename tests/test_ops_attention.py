@@ -24,15 +24,23 @@ def operands(dtype: torch.dtype, tokens: int = 37, keys: int = 300, size: int = 
     return *rounded, v.bfloat16(), *scales, None, size**-0.5, torch.float32
 
 
+def queries_scaled(args: tuple) -> tuple:
+    """The same with a scale for each query."""
+    q, k, v, q_scale, *rest = args
+    return q, k, v, (torch.rand(*q.shape[:3], 1) + 0.1) * q_scale[:, None, None], *rest
+
+
 def exact(q: Tensor, k: Tensor, v: Tensor, q_scale: Tensor, k_scale: Tensor, factor: float):
     """P and v in float64."""
-    qf, kf = q.double() * q_scale.double()[:, None, None], k.double() * k_scale[:, None, None]
+    q_scale = q_scale if q_scale.dim() == 4 else q_scale[:, None, None]
+    qf, kf = q.double() * q_scale.double(), k.double() * k_scale[:, None, None]
     return torch.softmax(qf @ kf.transpose(-1, -2) * factor, -1), v.double()
 
 
+@pytest.mark.parametrize("per_token", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_it_is_float64_attention_but_for_p_in_bf16(dtype):
-    args = operands(dtype)
+def test_it_is_float64_attention_but_for_p_in_bf16(dtype, per_token):
+    args = queries_scaled(operands(dtype)) if per_token else operands(dtype)
     p, v = exact(*args[:5], args[6])
     error = (ops.scaled_attention(*args) - p @ v).abs()
     bound = HALF_BF16 * p @ v.abs() * 1.01 + 1e-5
@@ -78,14 +86,28 @@ def test_the_kernel_of_torch_computes_the_same():
     ],
 )
 def test_only_kernels_for_bf16_values_are_chosen(monkeypatch, capability, dtype, name):
+    kernel, refusals = chosen(monkeypatch, capability, operands(dtype, size=64))
+    assert kernel == name
+    if dtype == FP8:
+        assert refusals["attention_fa3"] == "takes values in e4m3, not in bf16"
+
+
+def test_a_scale_for_each_query_is_for_our_own_kernels(monkeypatch):
+    q, k, v, q_scale, k_scale, _, *rest = operands(FP8, size=64)
+    args = q, k, v, q_scale, k_scale, torch.ones(3), *rest
+    assert chosen(monkeypatch, (9, 0), args)[0] == "attention_fa3"
+    kernel, refusals = chosen(monkeypatch, (9, 0), queries_scaled(args))
+    assert kernel == "attention_hopper"
+    assert "one scale for the queries of a head" in refusals["attention_fa3"]
+
+
+def chosen(monkeypatch, capability: tuple[int, int], args: tuple) -> tuple[str, dict[str, str]]:
+    """The kernel for a GPU where all packages are installed, and why others were refused."""
     pytest.importorskip("triton.experimental.gluon")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name)  # fa3-fwd among them
-    args = operands(dtype, size=64)
     with FakeTensorMode(allow_non_fake_inputs=True):
         kernel, refusals = choose(ATTENTION, torch.device("cuda"), args)
     assert kernel is not None
-    assert kernel.name == name
-    if dtype == FP8:
-        assert dict(refusals)["attention_fa3"] == "takes values in e4m3, not in bf16"
+    return kernel.name, dict(refusals)

@@ -39,8 +39,9 @@ def test_observers_are_good_library_ops():
     b = Buffers(5)
     args = (torch.randn(2, 3, 5), b.amax, b.count, b.sample, b.priority, torch.tensor(1), 7)
     torch.library.opcheck(ops.observe_channels, args)
-    heads = (torch.randn(2, 3, 4, 5), *bounds(2, 3, 5), torch.tensor(1))
-    torch.library.opcheck(ops.observe_heads, heads)
+    for size, is_turned in ((5, False), (8, True)):
+        heads = torch.randn(2, 3, 4, size), *bounds(2, 3, size), torch.tensor(1), is_turned
+        torch.library.opcheck(ops.observe_heads, heads)
 
 
 @pytest.mark.parametrize("op", [ops.observe_channels, ops.observe_heads])
@@ -71,7 +72,7 @@ def test_nan_and_infinity_stay_in_amax(broken):
     assert b.amax[0].isfinite().tolist() == [True, False, True]
     low, high = bounds(1, 2, 3)
     for value in (x.reshape(1, 2, 2, 3), torch.ones(1, 2, 2, 3)):
-        ops.observe_heads(value, low, high, torch.tensor(0))
+        ops.observe_heads(value, low, high, torch.tensor(0), False)
     both = low[0].isfinite() & high[0].isfinite()
     assert both.tolist() == [[True] * 3, [True, False, True]]
 
@@ -155,12 +156,22 @@ def test_low_precision_rows_are_sampled_as_they_are(dtype):
 def test_observe_heads_keeps_the_range_per_head_and_channel():
     x = torch.randn(2, 3, 5, 4).transpose(2, 3) + 3
     low, high = bounds(4, 3, 5)
-    ops.observe_heads(x, low, high, torch.tensor(1))
-    ops.observe_heads(x / 2, low, high, torch.tensor(1))
+    ops.observe_heads(x, low, high, torch.tensor(1), False)
+    ops.observe_heads(x / 2, low, high, torch.tensor(1), False)
     both = torch.cat([x, x / 2])
     assert torch.equal(high[1], both.amax((0, 2)))
     assert torch.equal(low[1], both.amin((0, 2)))
     assert not low[[0, 2, 3]].isfinite().any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_observe_heads_measures_in_the_turned_basis(dtype):
+    x, matrix = torch.randn(2, 3, 5, 4).to(dtype), torch.tensor([[1.0, 1], [1, -1]])
+    low, high = bounds(1, 3, 4)
+    ops.observe_heads(x, low, high, torch.tensor(0), True)
+    turned = x.double() @ torch.kron(matrix, matrix).double() / 2
+    torch.testing.assert_close(high[0], turned.amax((0, 2)).float())
+    torch.testing.assert_close(low[0], turned.amin((0, 2)).float())
 
 
 @pytest.mark.parametrize("channels", [1, 2, 3, 4, 6, 8])
@@ -206,7 +217,7 @@ def test_an_observer_passes_over_memory_three_times_and_launches_little():
     assert seen.ops <= 46
     heads = torch.randn(1, 4, 99, 16)
     with Counting(heads.nbytes) as seen:
-        ops.observe_heads._init_fn(heads, *bounds(2, 4, 16), torch.tensor(0))
+        ops.observe_heads._init_fn(heads, *bounds(2, 4, 16), torch.tensor(0), False)
     assert seen.passes == 2
     assert seen.ops <= 12
 
@@ -218,7 +229,7 @@ def test_the_host_never_waits():
         line = torch.zeros((), dtype=torch.int64)
         buffers = b.amax, b.count, b.sample, b.priority
         ops.observe_channels._init_fn(torch.randn(2, 9, 6), *buffers, line, 7)
-        ops.observe_heads._init_fn(torch.randn(1, 2, 3, 4), *bounds(2, 2, 4), line)
+        ops.observe_heads._init_fn(torch.randn(1, 2, 3, 4), *bounds(2, 2, 4), line, True)
         with pytest.raises(DataDependentOutputException):
             float(b.amax.sum())
 
@@ -227,4 +238,6 @@ def test_buffers_that_do_not_fit_are_named():
     with pytest.raises(InputError, match="observe_channels needs"):
         Buffers(4).watch(torch.randn(2, 3))
     with pytest.raises(InputError, match="observe_heads needs"):
-        ops.observe_heads(torch.randn(1, 2, 3, 4), *bounds(2, 3), torch.tensor(0))
+        ops.observe_heads(torch.randn(1, 2, 3, 4), *bounds(2, 3), torch.tensor(0), False)
+    with pytest.raises(InputError, match="D a power of two"):
+        ops.observe_heads(torch.randn(1, 2, 3, 6), *bounds(1, 2, 6), torch.tensor(0), True)

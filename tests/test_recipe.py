@@ -8,7 +8,16 @@ from hypothesis import strategies as st
 
 from wancompile.errors import RecipeError
 from wancompile.ir.site import Attention, Group, Role, Site, Source
-from wancompile.recipe import RECIPES, AttentionRule, QSpec, Recipe, Rule, resolve
+from wancompile.recipe import (
+    ATTENTIONS,
+    RECIPES,
+    AttentionRule,
+    AttentionSpec,
+    QSpec,
+    Recipe,
+    Rule,
+    resolve,
+)
 
 
 def group(role: Role, *members: str) -> Group:
@@ -17,6 +26,7 @@ def group(role: Role, *members: str) -> Group:
 
 UP = group(Role.FFN_UP, "blocks.0.ffn.net.0.proj")
 QKV = group(Role.ATTN_QKV, *(f"blocks.10.attn1.to_{name}" for name in "qkv"))
+INT8, FP8 = ATTENTIONS["int8"], ATTENTIONS["fp8"]
 AGAIN = group(Role.FFN_UP, "blocks.0.ffn.net.0.proj#1")
 
 specs = st.builds(
@@ -28,14 +38,14 @@ specs = st.builds(
     st.sampled_from(["token", "static"]),
 )
 rules = st.builds(Rule, st.text(), st.none() | specs)
-types = st.sampled_from([None, "int8", "fp8"])
+attentions = st.sampled_from([None, *ATTENTIONS.values()])
 recipes = st.builds(
     Recipe,
     st.text(),
     st.none() | specs,
     st.lists(rules, max_size=4).map(tuple),
-    types,
-    st.lists(st.builds(AttentionRule, st.text(), types), max_size=3).map(tuple),
+    attentions,
+    st.lists(st.builds(AttentionRule, st.text(), attentions), max_size=3).map(tuple),
 )
 
 
@@ -45,9 +55,9 @@ def test_json_gives_back_the_recipe(recipe):
 
 
 def test_json_is_for_people_too():
-    recipe = RECIPES["int8"].with_rules([Rule("ffn_*", None)])
-    assert json.loads(recipe.to_json()) == {
-        "name": "int8",
+    recipe = RECIPES["int8-attention"].with_rules([Rule("ffn_*", None)])
+    assert json.loads(recipe.with_float_attention(["blocks.0.*"]).to_json()) == {
+        "name": "int8-attention",
         "linears": {
             "dtype": "int8",
             "smooth": True,
@@ -56,8 +66,8 @@ def test_json_is_for_people_too():
             "activation": "token",
         },
         "rules": [{"pattern": "ffn_*", "spec": None}],
-        "attention": None,
-        "attention_rules": [],
+        "attention": {"dtype": "int8", "values": "bf16"},
+        "attention_rules": [{"pattern": "blocks.0.*", "spec": None}],
     }
 
 
@@ -82,13 +92,17 @@ GOOD = json.loads(RECIPES["fp8"].to_json())
         {**GOOD, "rules": [{"pattern": "ffn_*"}]},
         {**GOOD, "rules": [{"pattern": 3, "spec": None}]},
         {**GOOD, "rules": "ffn_*"},
-        {**GOOD, "attention": "fp16"},
+        {**GOOD, "attention": "int8"},
         {**GOOD, "attention": ["int8"]},
+        {**GOOD, "attention": {"dtype": "fp16", "values": "bf16"}},
+        {**GOOD, "attention": {"dtype": "int8", "values": "int8"}},
+        {**GOOD, "attention": {"dtype": "fp8", "values": "bf16"}},
+        {**GOOD, "attention": {"dtype": "int8"}},
         {**GOOD, "attention_rules": "blocks.0.*"},
         {**GOOD, "attention_rules": [1]},
         {**GOOD, "attention_rules": [{"pattern": "*"}]},
-        {**GOOD, "attention_rules": [{"pattern": 1, "dtype": None}]},
-        {**GOOD, "attention_rules": [{"pattern": "*", "dtype": "bf16"}]},
+        {**GOOD, "attention_rules": [{"pattern": 1, "spec": None}]},
+        {**GOOD, "attention_rules": [{"pattern": "*", "spec": "int8"}]},
         {**GOOD, "unknown": 1},
     ],
     ids=str,
@@ -151,7 +165,7 @@ def test_attention_has_exceptions():
     recipe = RECIPES["int8-attention"].with_float_attention(["blocks.0.*", "*.last:attention"])
     kept = [Site(f"blocks.{at}:attention") for at in ("0.attn1", "3.last")]
     other = Site("blocks.3.attn1:attention")
-    assert [recipe.attention_for(site) for site in (*kept, other)] == [None, None, "int8"]
+    assert [recipe.attention_for(site) for site in (*kept, other)] == [None, None, INT8]
     assert RECIPES["int8"].attention_for(other) is None
     assert recipe.rounds_attention
     assert not RECIPES["int8"].rounds_attention
@@ -163,23 +177,40 @@ def test_attention_has_exceptions():
 
 
 def test_attentions_may_differ_in_type():
-    rules = (AttentionRule("blocks.0.*", "fp8"), AttentionRule("*.0.last:*", "int8"))
+    rules = (AttentionRule("blocks.0.*", FP8), AttentionRule("*.0.last:*", INT8))
     recipe = Recipe("mine", None, attention_rules=rules)
     sites = [Site(f"blocks.{at}:attention") for at in ("0.attn1", "0.last", "1.attn1")]
-    assert [recipe.attention_for(site) for site in sites] == ["fp8", "int8", None]
+    assert [recipe.attention_for(site) for site in sites] == [FP8, INT8, None]
     assert recipe.rounds_attention
     assert not Recipe("mine", None).with_float_attention(["*"]).rounds_attention
 
 
 def test_a_recipe_is_found_by_name():
-    assert resolve("fp8-attention") == Recipe("fp8-attention", QSpec("fp8"), attention="fp8")
+    assert resolve("fp8-attention") == Recipe("fp8-attention", QSpec("fp8"), attention=FP8)
     mine = Recipe("mine", None)
     assert resolve(mine) is mine
     with pytest.raises(RecipeError, match="nearest: int8-attention"):
         resolve("int8_attention")
 
 
-@pytest.mark.parametrize("make", [lambda: QSpec("int4"), lambda: Recipe("x", None, (), "fp16")])
-def test_unknown_types_are_refused(make):
-    with pytest.raises(RecipeError, match="unknown"):
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: QSpec("int4"), "unknown type 'int4'"),
+        (lambda: AttentionSpec("fp16", "bf16"), "unknown attention type 'fp16'"),
+        (lambda: AttentionSpec("int8", "int8"), "unknown type of values 'int8'"),
+        (lambda: AttentionSpec("fp8", "bf16"), "go with q and k in int8"),
+        (lambda: Recipe("x", None, attention="int8"), "AttentionSpec or None, not 'int8'"),
+        (lambda: AttentionRule("*", "int8"), "AttentionSpec or None, not 'int8'"),
+    ],
+)
+def test_unknown_types_are_refused(make, message):
+    with pytest.raises(RecipeError, match=message):
         make()
+
+
+@pytest.mark.parametrize(("name", "spec"), ATTENTIONS.items())
+def test_every_way_to_round_attention_has_a_name_and_a_recipe(name, spec):
+    assert spec.name == name
+    with_it = [one for one in RECIPES.values() if one.attention == spec]
+    assert [one.linears.dtype for one in with_it] == [spec.dtype]

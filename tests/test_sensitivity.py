@@ -12,7 +12,7 @@ from sensing import made, only
 from wancompile import passes, pipeline
 from wancompile.errors import CalibrationError, InputError, LevelError, NumericsError, RecipeError
 from wancompile.pipeline import relative_error
-from wancompile.recipe import AttentionRule, QSpec, Recipe, Rule
+from wancompile.recipe import ATTENTIONS, AttentionRule, QSpec, Recipe, Rule
 from wancompile.sensitivity import HeldOut, Sensitivity, everything_in, sensitivity
 from wancompile.trials import Branches, trials
 
@@ -30,10 +30,11 @@ def t2v():
 
 
 def test_there_is_an_error_for_every_site_and_type(subject):
-    sites = [str(group.key) for group in subject.program.groups]
-    sites += [str(one.site) for one in subject.program.attentions if one.is_self]
-    found = {(one.site, one.dtype) for one in subject.found.sites}
-    assert found == {(site, dtype) for site in sites for dtype in TYPES}
+    sites = [(str(group.key), dtype) for group in subject.program.groups for dtype in TYPES]
+    own = [one for one in subject.program.attentions if one.is_self]
+    sites += [(str(one.site), name) for one in own for name in ATTENTIONS]
+    found = [(one.site, one.dtype) for one in subject.found.sites]
+    assert sorted(found) == sorted(sites)
 
 
 def test_a_group_alone_errs_as_if_compiled_alone(subject):
@@ -46,26 +47,33 @@ def test_a_group_alone_errs_as_if_compiled_alone(subject):
 @pytest.mark.parametrize("dtype", TYPES)
 def test_an_attention_errs_as_if_rounded_alone_in_the_smoothed_program(subject, dtype):
     # Smoothing scales the channels of v, so that without it other numbers are rounded.
-    smoothed = pipeline.run(subject.program, passes.smoothing(everything_in(dtype), subject.stats))
+    first, *others = everything_in(dtype)
+    names = [one.name for one in (first, *others)]
+    smoothed = pipeline.run(subject.program, passes.smoothing(first, subject.stats))
     found = [one for one in subject.found.sites if one.role == "self-attention"]
-    for one in (one for one in found if one.dtype == dtype):
-        steps = passes.quantization(only(one.site, dtype), subject.stats)
+    for one in (one for one in found if one.dtype in names):
+        steps = passes.quantization(only(one.site, one.dtype), subject.stats)
         really = subject.error(pipeline.run(smoothed, steps))
         assert one.error == pytest.approx(really, rel=1e-3), one.site
 
 
-@pytest.mark.parametrize("dtype", TYPES)
-def test_all_together_err_as_if_compiled(subject, dtype):
-    (together,) = (one for one in subject.found.together if one.dtype == dtype)
-    assert together.error == pytest.approx(subject.really(everything_in(dtype)), rel=0.01)
-    alone = [one.error for one in subject.found.sites if one.dtype == dtype]
+@pytest.mark.parametrize("name", ATTENTIONS)
+def test_all_together_err_as_if_compiled(subject, name):
+    (together,) = (one for one in subject.found.together if one.dtype == name)
+    dtype = ATTENTIONS[name].dtype
+    (recipe,) = (one for one in everything_in(dtype) if one.name == name)
+    assert together.error == pytest.approx(subject.really(recipe), rel=0.01)
+    of_role = {"self-attention": name}
+    sites = subject.found.sites
+    alone = [one.error for one in sites if one.dtype == of_role.get(one.role, dtype)]
     assert together.predicted == pytest.approx(math.sqrt(sum(one * one for one in alone)))
     assert 0.5 < together.error / together.predicted < 2
 
 
 def test_a_mixture_errs_as_if_compiled(t2v):
     rules = (Rule("ffn_*", QSpec("fp8")), Rule("blocks.1.attn2.*", None))
-    recipe = Recipe("mixed", QSpec("int8"), rules, "int8", (AttentionRule("blocks.0.*", None),))
+    kept = (AttentionRule("blocks.0.*", None),)
+    recipe = Recipe("mixed", QSpec("int8"), rules, ATTENTIONS["int8"], kept)
     held_out = HeldOut.of(t2v.program, t2v.calls, t2v.stats)
     assert held_out.error_of(recipe) == pytest.approx(t2v.really(recipe), rel=0.01)
     assert held_out.error_of(Recipe("float", None)) < 1e-6
@@ -87,7 +95,7 @@ def test_local_errors_are_those_of_the_site(t2v):
 
 
 def test_trials_leave_the_float_run_as_it_was(t2v):
-    chosen = trials(t2v.program, everything_in("int8"), t2v.stats)
+    chosen = trials(t2v.program, everything_in("int8")[0], t2v.stats)
     branches = Branches(t2v.program, chosen)
     call, exact = t2v.calls[0], t2v.program(**t2v.calls[0])
     first = list(branches.outcomes(call, exact))
@@ -125,7 +133,8 @@ def test_json_and_text(t2v):
     assert Sensitivity.from_json(t2v.found.to_json()) == t2v.found
     text = str(t2v.found)
     assert text.splitlines()[2].startswith(t2v.found.worst(1)[0].site)
-    assert "all in int8" in text
+    assert "all in int8:" in text
+    assert "all in int8-fast:" in text
 
 
 @pytest.mark.parametrize("text", ["no json", "[]", "{}", '{"sites": 1, "together": []}'])
@@ -142,7 +151,7 @@ def test_bad_requests(t2v):
         sensitivity(program, [], t2v.stats)
     with pytest.raises(InputError, match="timestep"):
         sensitivity(program, [{**calls[0], "timestep": None}], t2v.stats)
-    steps = passes.quantization(everything_in("int8"), t2v.stats)
+    steps = passes.quantization(everything_in("int8")[0], t2v.stats)
     quantized = pipeline.run(program, steps)
     with pytest.raises(LevelError, match="at QUANTIZED"):
         sensitivity(quantized, calls, t2v.stats)

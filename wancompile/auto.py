@@ -18,7 +18,7 @@ from wancompile.ir.site import Group
 from wancompile.knapsack import Option, choose, frontier
 from wancompile.program import Program
 from wancompile.quant.stats import Stats
-from wancompile.recipe import AttentionRule, Auto, QSpec, Recipe, Rule
+from wancompile.recipe import ATTENTIONS, RECIPES, AttentionRule, Auto, QSpec, Recipe, Rule
 from wancompile.sensitivity import HeldOut, Sensitivity, measure
 from wancompile.stream import is_same
 from wancompile.trials import SELF_ATTENTION
@@ -207,10 +207,9 @@ class _Candidates:
         self._ms: list[tuple[float, ...]] = []
         for site in times.sites:
             measured = {FLOAT: 0.0} | {
-                dtype: errors[str(site.site), dtype]
-                for dtype in request.types
-                if (str(site.site), dtype) in errors
-                and (request.attention or site.role != SELF_ATTENTION)
+                name: errors[str(site.site), name]
+                for name in _allowed(request, site.role)
+                if (str(site.site), name) in errors
             }
             usable = {name: one for name, one in measured.items() if math.isfinite(one)}
             self._types.append(tuple(usable))
@@ -248,9 +247,9 @@ class _Candidates:
             self._request.name,
             _spec(most),
             tuple(Rule(escape(one), _spec(t)) for one, t in linears.items() if t != most),
-            _dtype(most_attentions),
+            ATTENTIONS.get(most_attentions),
             tuple(
-                AttentionRule(escape(one), _dtype(t))
+                AttentionRule(escape(one), ATTENTIONS.get(t))
                 for one, t in attentions.items()
                 if t != most_attentions
             ),
@@ -275,13 +274,22 @@ def _items(
 
 
 def _uniform(request: Auto) -> list[Recipe]:
-    linears = [Recipe(dtype, QSpec(dtype)) for dtype in request.types]
-    attention = [
-        Recipe(f"{dtype}-attention", QSpec(dtype), attention=dtype)
-        for dtype in request.types
-        if request.attention
+    named = [
+        one
+        for one in RECIPES.values()
+        if one.linears is not None
+        and one.linears.dtype in request.types
+        and (request.attention or one.attention is None)
     ]
-    return [Recipe(FLOAT, None), *linears, *attention]
+    return [Recipe(FLOAT, None), *named]
+
+
+def _allowed(request: Auto, role: str) -> list[str]:
+    """Return what a site of a role may be in, but for floating point."""
+    if role != SELF_ATTENTION:
+        return list(request.types)
+    found = [name for name, spec in ATTENTIONS.items() if spec.dtype in request.types]
+    return found if request.attention else []
 
 
 def _most(types: Mapping[str, str]) -> str:
@@ -290,10 +298,6 @@ def _most(types: Mapping[str, str]) -> str:
 
 def _spec(name: str) -> QSpec | None:
     return None if name == FLOAT else QSpec(name)
-
-
-def _dtype(name: str) -> str | None:
-    return None if name == FLOAT else name
 
 
 def _percent(value: float) -> str:

@@ -5,7 +5,8 @@ millisecond does, in 1e9: FLOPs of products and of attention (so that a rate is 
 elements of passes over memory. At other shapes the rate is a mean of the measured ones, weighed by
 their distance in the logarithms of the sizes, so that a measured shape has its own rate and others
 that of their neighbours. Models much smaller than those measured run slower than that.
-Attention in fp8 was measured with FlashAttention-3, in int8 with our own kernel.
+Attention in fp8 was measured with FlashAttention-3, in int8 with our own kernel. Kinds of attention
+have the names of `ATTENTIONS`.
 """
 
 from __future__ import annotations
@@ -25,11 +26,13 @@ from wancompile.ir import match
 from wancompile.ir.site import Attention, Group, Site, Source
 from wancompile.passes.quantize_attention import obstacle
 from wancompile.program import Program
-from wancompile.recipe import DTYPES, Recipe
+from wancompile.recipe import ATTENTIONS, DTYPES, Recipe
 
 FLOAT = "float"
 OPTIONS = (FLOAT, *DTYPES)
-"""What a site can be in."""
+"""What a group can be in."""
+ATTENTION_OPTIONS = (FLOAT, *ATTENTIONS)
+"""What a self-attention can be in."""
 
 TABLES: Mapping[str, Path] = {"h100": Path(__file__).with_name("cost_h100.json")}
 """The files of measured rates, by device; `benchmarks/cost_table.py` writes them."""
@@ -148,10 +151,12 @@ class Costs:
         specs = {group.key: recipe.spec_for(group) for group in groups}
         found = []
         for one in self.sites:
-            spec = specs.get(one.site)
-            dtype = spec.dtype if spec else None
-            is_group = one.site in specs
-            found.append((dtype if is_group else recipe.attention_for(one.site)) or FLOAT)
+            if one.site in specs:
+                spec = specs[one.site]
+                found.append(spec.dtype if spec else FLOAT)
+            else:
+                attention = recipe.attention_for(one.site)
+                found.append(attention.name if attention else FLOAT)
         return found
 
 
@@ -235,10 +240,10 @@ def _self_attention(attention: Attention, node: Node, sizes: _Sizes, table: Tabl
     elements = 2 * sizes.tokens * channels  # of q and k
     work = 4 * math.prod(shape)
     ms = {}
-    for option in OPTIONS:
-        name = "bf16" if option == FLOAT else option
-        rotation = "norm_rotate float" if option == FLOAT else f"norm_rotate_quantize {option}"
-        ms[option] = table.ms(f"attention {name}", shape, work)
+    for option in ATTENTION_OPTIONS:
+        spec = ATTENTIONS.get(option)
+        rotation = f"norm_rotate_quantize {spec.dtype}" if spec else "norm_rotate float"
+        ms[option] = table.ms(f"attention {option if spec else 'bf16'}", shape, work)
         ms[option] += table.ms(rotation, (sizes.tokens, channels), elements)
     return SiteCost(attention.site, "self-attention", ms)
 

@@ -77,19 +77,64 @@ class Rule:
 
 
 @dataclass(frozen=True)
-class AttentionRule:
-    """An exception: self-attentions whose site matches the glob `pattern` have q and k in `dtype`.
+class AttentionSpec:
+    """How a self-attention is quantized.
 
-    A site is such as `blocks.3.attn1:attention`. `dtype=None` leaves them in floating point.
+    `dtype` of q and k is "int8" or "fp8" (e4m3). In int8 each query has a scale of its own, in fp8
+    all of a head have one from calibration, as those of k have in either. `values`, of v and of the
+    weights that it is multiplied by, is "bf16" or "fp8"; q and k in fp8 lose so much that only fp8
+    goes with them.
+    """
+
+    dtype: str
+    values: str
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise RecipeError(f"unknown attention type {self.dtype!r}")
+        if self.values not in ("bf16", "fp8"):
+            raise RecipeError(f"unknown type of values {self.values!r}; there are bf16 and fp8")
+        if (self.dtype, self.values) == ("fp8", "bf16"):
+            raise RecipeError("values in bf16 go with q and k in int8, not in fp8")
+
+    def __str__(self) -> str:
+        return f"q, k in {self.dtype}, v in {self.values}"
+
+    @property
+    def name(self) -> str:
+        """What it is called in `ATTENTIONS`."""
+        return next(name for name, one in ATTENTIONS.items() if one == self)
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The storage type of q and k."""
+        return DTYPES[self.dtype]
+
+    @property
+    def scales_queries(self) -> bool:
+        """Whether each query has a scale of its own, found in the call."""
+        return self.dtype == "int8"
+
+    @property
+    def rounds_values(self) -> bool:
+        """Whether v has 8 bits, and a scale from calibration."""
+        return self.values == "fp8"
+
+
+@dataclass(frozen=True)
+class AttentionRule:
+    """An exception: self-attentions whose site matches the glob `pattern` get `spec`.
+
+    A site is such as `blocks.3.attn1:attention`. `spec=None` leaves them in floating point.
     """
 
     pattern: str
-    dtype: str | None
+    spec: AttentionSpec | None
 
     def __post_init__(self) -> None:
         if not isinstance(self.pattern, str):
             raise RecipeError(f"the pattern of an attention rule is text, not {self.pattern!r}")
-        _check_attention(self.dtype)
+        _check_attention(self.spec)
 
     def matches(self, site: Site) -> bool:
         """Whether the rule speaks of the attention at `site`."""
@@ -101,14 +146,14 @@ class Recipe:
     """A whole recipe.
 
     `linears` holds for every group; later `rules` override earlier ones and the default.
-    `attention` is the type of self-attention's q and k, None for floating point, and
-    `attention_rules` override it in the same way.
+    `attention` holds for every self-attention, None for floating point, and `attention_rules`
+    override it in the same way.
     """
 
     name: str
     linears: QSpec | None
     rules: tuple[Rule, ...] = ()
-    attention: str | None = None
+    attention: AttentionSpec | None = None
     attention_rules: tuple[AttentionRule, ...] = ()
 
     def __post_init__(self) -> None:
@@ -122,18 +167,18 @@ class Recipe:
                 spec = rule.spec
         return spec
 
-    def attention_for(self, site: Site) -> str | None:
-        """Return the type of the self-attention at `site`, None for floating point."""
-        dtype = self.attention
+    def attention_for(self, site: Site) -> AttentionSpec | None:
+        """Return how the self-attention at `site` is quantized, or None."""
+        spec = self.attention
         for rule in self.attention_rules:
             if rule.matches(site):
-                dtype = rule.dtype
-        return dtype
+                spec = rule.spec
+        return spec
 
     @property
     def rounds_attention(self) -> bool:
         """Whether any self-attention may be in 8 bits, for which there must be calibration."""
-        return any((self.attention, *(rule.dtype for rule in self.attention_rules)))
+        return any((self.attention, *(rule.spec for rule in self.attention_rules)))
 
     @property
     def scales_inputs(self) -> bool:
@@ -191,9 +236,13 @@ class Recipe:
         try:
             data: dict[str, Any] = json.loads(text)
             rules = tuple(_rule(one) for one in data["rules"])
-            of_attentions = tuple(AttentionRule(**one) for one in data.get("attention_rules", ()))
-            parts = {"linears": _spec(data["linears"]), "rules": rules}
-            return cls(**{**data, **parts, "attention_rules": of_attentions})
+            parts = {
+                "linears": _spec(data["linears"]),
+                "rules": rules,
+                "attention": _attention(data.get("attention")),
+                "attention_rules": tuple(map(_attention_rule, data.get("attention_rules", ()))),
+            }
+            return cls(**{**data, **parts})
         except (ValueError, KeyError, TypeError) as error:
             raise RecipeError(f"this is no recipe: {error}") from error
 
@@ -238,9 +287,9 @@ def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def _check_attention(dtype: str | None) -> None:
-    if dtype is not None and dtype not in DTYPES:
-        raise RecipeError(f"unknown attention type {dtype!r}")
+def _check_attention(spec: object) -> None:
+    if spec is not None and not isinstance(spec, AttentionSpec):
+        raise RecipeError(f"attention is an AttentionSpec or None, not {spec!r}")
 
 
 def _spec(data: dict[str, Any] | None) -> QSpec | None:
@@ -251,16 +300,34 @@ def _rule(data: dict[str, Any]) -> Rule:
     return Rule(**{**data, "spec": _spec(data["spec"])})
 
 
+def _attention(data: dict[str, Any] | None) -> AttentionSpec | None:
+    return None if data is None else AttentionSpec(**data)
+
+
+def _attention_rule(data: dict[str, Any]) -> AttentionRule:
+    return AttentionRule(**{**data, "spec": _attention(data["spec"])})
+
+
 def _nearest(pattern: str, names: Sequence[str]) -> list[str]:
     plain = pattern.replace("*", "")
     return difflib.get_close_matches(plain, names, n=3, cutoff=0.0) or list(names[:3])
 
 
+ATTENTIONS: dict[str, AttentionSpec] = {
+    "int8": AttentionSpec("int8", "bf16"),
+    "int8-fast": AttentionSpec("int8", "fp8"),
+    "fp8": AttentionSpec("fp8", "fp8"),
+}
+"""All ways to quantize self-attention, by what they are called where one is chosen."""
+
 RECIPES: dict[str, Recipe] = {
     "int8": Recipe("int8", QSpec("int8")),
     "fp8": Recipe("fp8", QSpec("fp8")),
-    "int8-attention": Recipe("int8-attention", QSpec("int8"), attention="int8"),
-    "fp8-attention": Recipe("fp8-attention", QSpec("fp8"), attention="fp8"),
+    "int8-attention": Recipe("int8-attention", QSpec("int8"), attention=ATTENTIONS["int8"]),
+    "int8-attention-fast": Recipe(
+        "int8-attention-fast", QSpec("int8"), attention=ATTENTIONS["int8-fast"]
+    ),
+    "fp8-attention": Recipe("fp8-attention", QSpec("fp8"), attention=ATTENTIONS["fp8"]),
 }
 
 

@@ -20,17 +20,18 @@ from wancompile.errors import CalibrationError, InputError, LevelError, Numerics
 from wancompile.ir.levels import Level
 from wancompile.program import Program
 from wancompile.quant.stats import Stats
-from wancompile.recipe import DTYPES, QSpec, Recipe
-from wancompile.trials import Branches, Trial, squares, trials
+from wancompile.recipe import ATTENTIONS, DTYPES, QSpec, Recipe
+from wancompile.trials import SELF_ATTENTION, Branches, Trial, squares, trials
 
 
 @dataclass(frozen=True)
 class SiteSensitivity:
     """What happens if one group or self-attention rounds to `dtype` and nothing else does.
 
-    `site` is the key of the group or the site of the attention. Errors are relative L2 over all
-    calls: `local` of the site's own outputs, `error` of the model's. `calibrated` is the error that
-    the search for a smooth scale has found on sampled tokens, None where there was no search.
+    `site` is the key of the group or the site of the attention, `dtype` the type of a group, of an
+    attention a name in `ATTENTIONS`. Errors are relative L2 over all calls: `local` of the site's
+    own outputs, `error` of the model's. `calibrated` is the error that the search for a smooth
+    scale has found on sampled tokens, None where there was no search.
     """
 
     site: str
@@ -43,7 +44,10 @@ class SiteSensitivity:
 
 @dataclass(frozen=True)
 class Together:
-    """All sites in `dtype` at once: the measured error, and the root of the sum of squares."""
+    """All sites at once, attention as `dtype`, linears in its type: error, and root of squares.
+
+    `error` is measured, `predicted` the root of the sum of the squares of what each site causes.
+    """
 
     dtype: str
     error: float
@@ -69,7 +73,7 @@ class Sensitivity:
         Raises:
             KeyError: it was not measured.
         """
-        if dtype not in DTYPES:
+        if dtype not in (*DTYPES, *ATTENTIONS):
             return 0.0
         found = (one.error for one in self.sites if (one.site, one.dtype) == (site, dtype))
         error = next(found, None)
@@ -148,11 +152,12 @@ def measure(
     together: list[Together] = []
     with tqdm(desc="sensitivity", unit="trial", disable=not progress) as bar:
         for dtype in options:
-            recipe = everything_in(dtype, smooth)
-            found = held_out.one_by_one(recipe, bar)
-            predicted = root_of_squares(one.error for one in found)
-            together.append(Together(dtype, held_out.error_of(recipe), predicted))
+            recipes = everything_in(dtype, smooth)
+            found = held_out.one_by_one(recipes, bar)
             sites += found
+            for one in recipes:
+                predicted = root_of_squares(each.error for each in _rounded_by(one, found))
+                together.append(Together(one.name, held_out.error_of(one), predicted))
     return Sensitivity(
         sites=tuple(sites),
         together=tuple(together),
@@ -162,9 +167,27 @@ def measure(
     )
 
 
-def everything_in(dtype: str, smooth: bool = True) -> Recipe:
-    """Return the recipe that rounds all linears and self-attentions to one type."""
-    return Recipe(dtype, QSpec(dtype, smooth), attention=dtype)
+def everything_in(dtype: str, smooth: bool = True) -> tuple[Recipe, ...]:
+    """Return the recipes that round all linears and self-attentions to one type.
+
+    There is one for each entry of `ATTENTIONS` with q and k in that type, and of its name.
+    """
+    linears = QSpec(dtype, smooth)
+    return tuple(
+        Recipe(name, linears, attention=spec)
+        for name, spec in ATTENTIONS.items()
+        if spec.dtype == dtype
+    )
+
+
+def _rounded_by(recipe: Recipe, found: Iterable[SiteSensitivity]) -> list[SiteSensitivity]:
+    """Return those of `found` that are in the type that `recipe`, one for everything, gives."""
+    assert recipe.linears is not None
+    return [
+        one
+        for one in found
+        if one.dtype == (recipe.name if one.role == SELF_ATTENTION else recipe.linears.dtype)
+    ]
 
 
 class HeldOut:
@@ -213,10 +236,11 @@ class HeldOut:
         self._count(branches)
         return _relative(found)
 
-    def one_by_one(self, recipe: Recipe, bar: tqdm[Any]) -> list[SiteSensitivity]:
-        """Return what each site that `recipe` rounds does alone."""
-        smoothed = self._smoothed(recipe)
-        chosen = trials(smoothed, recipe, self._stats)
+    def one_by_one(self, recipes: Sequence[Recipe], bar: tqdm[Any]) -> list[SiteSensitivity]:
+        """Return what each site that `recipes` round does alone; they differ in attention only."""
+        smoothed = self._smoothed(recipes[0])
+        every = (one for recipe in recipes for one in trials(smoothed, recipe, self._stats))
+        chosen = list({(one.site, one.dtype): one for one in every}.values())
         bar.reset((bar.total or 0) + len(chosen) * len(self.calls))
         branches = Branches(smoothed, chosen)
         local: dict[Trial, list[tuple[float, float]]] = {one: [] for one in chosen}

@@ -17,13 +17,19 @@ from torch.fx import Interpreter, Node
 
 from wancompile.ir import edit, match
 from wancompile.ir.site import Attention, Group, Site
-from wancompile.passes.quantize_attention import obstacle, softmax_scale, stats_of, value_inverse
+from wancompile.passes.quantize_attention import (
+    is_turned,
+    obstacle,
+    softmax_scale,
+    stats_of,
+    value_inverse,
+)
 from wancompile.passes.quantize_linears import take_up_scale
 from wancompile.program import Program
 from wancompile.quant.head_scales import HeadScales
 from wancompile.quant.numerics import quantize_weight
 from wancompile.quant.stats import Stats
-from wancompile.recipe import DTYPES, Recipe
+from wancompile.recipe import DTYPES, AttentionSpec, Recipe
 
 ops = torch.ops.wancompile
 
@@ -36,7 +42,8 @@ SELF_ATTENTION = "self-attention"
 class Trial:
     """One site in one 8-bit type: what its calls yield instead.
 
-    `site` is the key of a group or the site of a self-attention, `role` as in reports. `roundings`
+    `site` is the key of a group or the site of a self-attention, `role` as in reports. `dtype` of
+    an attention is a name in `ATTENTIONS`. `roundings`
     computes, for each node of the program's module, its rounded value from those that it reads;
     `reads` are the values that must still be there when it does.
     """
@@ -62,9 +69,9 @@ def trials(program: Program, recipe: Recipe, stats: Stats | None) -> list[Trial]
     specs = [(group, recipe.spec_for(group)) for group in program.groups]
     found = [_of_group(program, group, nodes, spec.dtype) for group, spec in specs if spec]
     for attention in program.attentions if stats is not None else ():
-        dtype, node = recipe.attention_for(attention.site), nodes[attention.site]
-        if dtype is not None and not obstacle(attention, node):
-            found.append(_of_attention(program, attention, node, groups, stats, dtype))
+        spec, node = recipe.attention_for(attention.site), nodes[attention.site]
+        if spec is not None and not obstacle(attention, node):
+            found.append(_of_attention(program, attention, node, groups, stats, spec))
     position = match.position(program.module.graph)
     kept = [one for one in found if one.roundings]
     return sorted(kept, key=lambda one: min(map(position.__getitem__, one.roundings)))
@@ -112,24 +119,30 @@ def _of_attention(
     node: Node,
     groups: Mapping[Site, Group],
     stats: Stats | None,
-    dtype: str,
+    spec: AttentionSpec,
 ) -> Trial:
     operands = match.args(node)[:3]
     inverse = value_inverse(program.state, attention, groups)
-    scales = HeadScales.of(stats_of(stats, attention, node), inverse, DTYPES[dtype])
+    scales = HeadScales.of(stats_of(stats, attention, node), inverse, spec.torch_dtype)
+    turns, dtype = is_turned(node), spec.torch_dtype
 
     def rounded(env: Env) -> Tensor:
         q, k, v = (env[one] for one in operands)
         q_scale, k_scale, v_scale = (one.to(q.device) for one in (scales.q, scales.k, scales.v))
+        if turns:
+            q, k = ops.hadamard(q), ops.hadamard(k)
         if scales.middle is not None:
             k = k - scales.middle.to(k.device)
-        q = ops.quantize_per_head(q, q_scale, DTYPES[dtype])
-        k = ops.quantize_per_head(k, k_scale, DTYPES[dtype])
-        factor, out = softmax_scale(node), match.val(node).dtype
-        result: Tensor = ops.scaled_attention(q, k, v, q_scale, k_scale, v_scale, factor, out)
+        if spec.scales_queries:
+            q, q_scale = ops.quantize_per_token(q, None, dtype)
+        else:
+            q = ops.quantize_per_head(q, q_scale, dtype)
+        k = ops.quantize_per_head(k, k_scale, dtype)
+        given = q, k, v, q_scale, k_scale, v_scale if spec.rounds_values else None
+        result: Tensor = ops.scaled_attention(*given, softmax_scale(node), match.val(node).dtype)
         return result
 
-    return Trial(attention.site, SELF_ATTENTION, dtype, {node: rounded}, frozenset(operands))
+    return Trial(attention.site, SELF_ATTENTION, spec.name, {node: rounded}, frozenset(operands))
 
 
 @dataclass(frozen=True, eq=False)

@@ -23,8 +23,17 @@ def args(dtype, sq, sk, d=64, batch=1, heads=2, out_dtype=torch.float32):
     return *data, *scales, d**-0.5, out_dtype
 
 
+def queries_scaled(given):
+    """The same with a scale for each query, from 1/8 to 1 times as large."""
+    q, k, v, q_scale, *rest = given
+    own = torch.rand(*q.shape[:3], 1) * 0.875 + 0.125
+    return q, k, v, own * q_scale[:, None, None], *rest
+
+
 def exact(q, k, v, qs, ks, vs, scale, _):
-    qf, kf, vf = (t.double() * s.double()[:, None, None] for t, s in ((q, qs), (k, ks), (v, vs)))
+    qs = qs if qs.dim() == 4 else qs[:, None, None]
+    kf, vf = (t.double() * s.double()[:, None, None] for t, s in ((k, ks), (v, vs)))
+    qf = q.double() * qs.double()
     p = torch.softmax(qf @ kf.transpose(-1, -2) * scale, -1)
     return p, vf
 
@@ -34,8 +43,12 @@ def exact(q, k, v, qs, ks, vs, scale, _):
     ("sq", "sk", "d", "batch"),
     [(1, 1, 64, 1), (1, 127, 64, 2), (127, 128, 128, 1), (65, 300, 64, 1), (64, 256, 64, 1)],
 )
-def test_attention_is_float64_attention_but_for_the_rounding_of_p(dtype, sq, sk, d, batch):
+@pytest.mark.parametrize("per_token", [False, True])
+def test_attention_is_float64_attention_but_for_the_rounding_of_p(
+    dtype, sq, sk, d, batch, per_token
+):
     given = args(dtype, sq, sk, d, batch)
+    given = queries_scaled(given) if per_token else given
     p, v = exact(*given)
     out = attention_triton(*given)
     assert out.transpose(1, 2).is_contiguous()
@@ -44,9 +57,11 @@ def test_attention_is_float64_attention_but_for_the_rounding_of_p(dtype, sq, sk,
     assert ((out - p @ v).abs() <= 1.001 * rounding @ v.abs() + 1e-5).all()
 
 
+@pytest.mark.parametrize("per_token", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_one_block_of_keys_is_the_plain_body(dtype):
+def test_one_block_of_keys_is_the_plain_body(dtype, per_token):
     given = args(dtype, 70, 63)
+    given = queries_scaled(given) if per_token else given
     out, plain = attention_triton(*given), ops.scaled_attention(*given)
     # exp and exp2 differ in last bits, so a few p fall to the other side of a tie.
     assert (out - plain).norm() / plain.norm() < 2e-3
@@ -67,10 +82,12 @@ def test_a_later_block_with_larger_logits_takes_over(dtype):
 @pytest.mark.parametrize("tile", [(64, 128), (16, 32)])
 @pytest.mark.parametrize("biased", [True, False])
 @pytest.mark.parametrize("factor", [0.01, 8.0])
-def test_every_tile_computes_the_same(tile, biased, factor):
+@pytest.mark.parametrize("per_token", [False, True])
+def test_every_tile_computes_the_same(tile, biased, factor, per_token):
     from wancompile.kernels.jit import attention
 
-    q, k, v, *scales, _, dtype = args(INT8, 70, 150)
+    given = args(INT8, 70, 150)
+    q, k, v, *scales, _, dtype = queries_scaled(given) if per_token else given
     out = torch.empty(q.shape)
     one = attention.Tile(*tile, biased=biased)
     attention.launch(q, k, v, tuple(scales), factor, out, one)

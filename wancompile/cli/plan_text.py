@@ -50,7 +50,7 @@ def _sizes(found: Plan) -> str:
     share = percent(found.bytes_after / max(1, found.bytes_before))
     sizes = f"{nbytes(found.bytes_before)} to {nbytes(found.bytes_after)} ({share})"
     attention = found.recipe.attention
-    wish = f"q and k of self-attention in {attention}" if attention else "attention in float"
+    wish = f"self-attention with {attention}" if attention else "attention in float"
     return f"Recipe {found.recipe.name}: weights {sizes}, {wish}"
 
 

@@ -115,9 +115,9 @@ class _Places:
         self._dtypes = {key: _named(spec) for key, spec in self._specs.items()}
         self._keys = {str(s): key for key, one in self.groups.items() for s in one.sites}
         for attention in program.attentions:
-            dtype = recipe.attention_for(attention.site) if attention.is_self else None
-            if dtype is not None:
-                self._dtypes[str(attention.site)] = dtype
+            of_attention = recipe.attention_for(attention.site) if attention.is_self else None
+            if of_attention is not None:
+                self._dtypes[str(attention.site)] = of_attention.name
         self._order = {str(site): at for at, site in enumerate(match.by_site(program.graph))}
         self._blocks = blocks(self._order)
 

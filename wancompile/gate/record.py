@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -195,17 +196,22 @@ def _share_clipped(x: Tensor) -> float:
 
 def _rounded_from(operand: Any) -> Node | None:
     """Return the op that rounds a float `[B, H, S, D]` to `operand`, if its float is an operand."""
-    if not isinstance(operand, Node) or not operand.args or not match.is_tensor(operand.args[0]):
+    if not isinstance(operand, Node) or not operand.args or match.rank(operand) != 4:
         return None
-    source = match.val(operand.args[0])
+    rounding: Any = operand.args[0] if operand.target is operator.getitem else operand
+    if not match.is_tensor(rounding.args[0]):
+        return None
+    source = match.val(rounding.args[0])
     is_float = source.is_floating_point() and source.dtype.itemsize > 1
-    return operand if is_float and source.dim() == match.rank(operand) == 4 else None
+    return rounding if is_float and source.dim() == 4 else None
 
 
 def _clipped(operands: tuple[Any, ...]) -> float:
     """Return the share of values with the largest code, of the operand that has the most."""
-    q, k, v, _, _, v_scale = operands[:6]
-    rounded = [tokens_of(q), tokens_of(k)]
+    q, k, v, q_scale, _, v_scale = operands[:6]
+    rounded = [tokens_of(k)]
+    if q_scale.dim() == 1:  # by scales of their own all queries reach the largest code
+        rounded.append(tokens_of(q))
     if v_scale is not None:
         rounded.append(quantized_values(tokens_of(v), v_scale))
     shares = [(one.float().abs() >= QMAX[one.dtype]).float().mean() for one in rounded]

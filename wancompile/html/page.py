@@ -162,7 +162,7 @@ def _summary(report: Report) -> str:
         kinds[spec.dtype if spec else "floating point"] += len(group.sites)
     linears = ", ".join(f"{plural(n, 'linear')} in {kind}" for kind, n in kinds.most_common())
     attention = report.recipe.attention
-    wish = f"attention in {attention}" if attention else "attention in floating point"
+    wish = f"attention with {attention}" if attention else "attention in floating point"
     if report.recipe.attention_rules:
         wish += f" with {plural(len(report.recipe.attention_rules), 'exception')}"
     return f"Recipe {report.recipe.name}: {linears or 'no linear'}, {wish}."

@@ -96,6 +96,7 @@ OBSERVER_OPS: frozenset[Any] = frozenset(
 )
 QUANTIZED_OPS: frozenset[Any] = frozenset(
     {
+        torch.ops.wancompile.hadamard.default,
         torch.ops.wancompile.quantize_per_token.default,
         torch.ops.wancompile.quantize_per_tensor.default,
         torch.ops.wancompile.scaled_linear.default,
@@ -111,6 +112,7 @@ FUSED_OPS: frozenset[Any] = QUANTIZED_OPS | {
     torch.ops.wancompile.norm_quantize.default,
     torch.ops.wancompile.norm_rotate.default,
     torch.ops.wancompile.norm_rotate_quantize.default,
+    torch.ops.wancompile.norm_rotate_quantize_per_token.default,
     torch.ops.wancompile.repeated_rows.default,
     torch.ops.wancompile.residual_norm_quantize.default,
     torch.ops.wancompile.scaled_linear_low_rank.default,

@@ -33,7 +33,11 @@ from wancompile.kernels.triton_quantize import (
     QUANTIZE_PER_TENSOR_TRITON,
     QUANTIZE_PER_TOKEN_TRITON,
 )
-from wancompile.kernels.triton_rotary import NORM_ROTATE_QUANTIZE_TRITON, NORM_ROTATE_TRITON
+from wancompile.kernels.triton_rotary import (
+    NORM_ROTATE_QUANTIZE_PER_TOKEN_TRITON,
+    NORM_ROTATE_QUANTIZE_TRITON,
+    NORM_ROTATE_TRITON,
+)
 
 KERNELS: tuple[Kernel, ...] = (
     LINEAR_HOPPER,
@@ -51,6 +55,7 @@ KERNELS: tuple[Kernel, ...] = (
     GELU_QUANTIZE_TRITON,
     NORM_ROTATE_TRITON,
     NORM_ROTATE_QUANTIZE_TRITON,
+    NORM_ROTATE_QUANTIZE_PER_TOKEN_TRITON,
     NORM_QUANTIZE_TRITON,
     RESIDUAL_NORM_QUANTIZE_TRITON,
     ADD_GATED_TRITON,

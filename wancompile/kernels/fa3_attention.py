@@ -31,6 +31,7 @@ def attention_fa3(
     """
     check_attention(q, k, v, q_scale, k_scale, v_scale, out_dtype)
     assert v_scale is not None
+    assert q_scale.dim() == 1
     if not q.numel() or not k.numel():
         return empty_output(q, out_dtype).zero_()
     importlib.import_module("fa3_fwd._C")  # defines the op
@@ -57,7 +58,12 @@ def _supports(device: torch.device, args: tuple[object, ...]) -> str | None:
         return "the package fa3-fwd is not installed (wancompile[hopper])"
     if q.shape[3] not in _HEAD_SIZES:
         return f"takes a head size of {' or '.join(map(str, _HEAD_SIZES))}, not {q.shape[3]}"
-    return lacks_dtype(q, FP8) or lacks_value_scale(args)
+    return lacks_dtype(q, FP8) or lacks_value_scale(args) or _lacks_head_scale(args[3])
+
+
+def _lacks_head_scale(q_scale: object) -> str | None:
+    assert isinstance(q_scale, Tensor)
+    return None if q_scale.dim() == 1 else "takes one scale for the queries of a head, not for each"
 
 
 ATTENTION_FA3 = Kernel(

@@ -9,6 +9,7 @@ from wancompile.ops.attention import (
     check_attention,
     empty_output,
     fake_scaled_attention,
+    per_token,
     quantized_values,
 )
 
@@ -29,11 +30,11 @@ def attention_dequantize_sdpa(
 ) -> Tensor:
     """`scaled_attention` by dequantizing to bf16 and calling SDPA: right everywhere, no faster.
 
-    bf16 holds every int8 and e4m3 value, so k and v are exact; the per-head scales of q and k go
-    into q, which rounds it to bf16, and that of v into the result. P is rounded to bf16.
+    bf16 holds every int8 and e4m3 value, so k and v are exact; the scales of q and k go into q,
+    which rounds it to bf16, and that of v into the result. P is rounded to bf16.
     """
     check_attention(q, k, v, q_scale, k_scale, v_scale, out_dtype)
-    logit_scale = (q_scale * k_scale * softmax_scale)[:, None, None]
+    logit_scale = per_token(q_scale) * (k_scale * softmax_scale)[:, None, None]
     out = F.scaled_dot_product_attention(
         (q.to(torch.float32) * logit_scale).to(torch.bfloat16),
         k.to(torch.bfloat16),

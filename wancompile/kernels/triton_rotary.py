@@ -1,4 +1,4 @@
-"""`norm_rotate` and `norm_rotate_quantize` in one pass over memory."""
+"""`norm_rotate` and what also quantizes, in one pass over memory."""
 
 import torch
 from torch import Tensor
@@ -8,9 +8,12 @@ from wancompile.kernels.triton_quantize import as_rows, lacks_row, lacks_type
 from wancompile.ops.rotary import (
     check_rotate,
     check_rotate_quantize,
+    check_rotate_quantize_per_token,
+    empty_heads,
     empty_rotated,
     fake_norm_rotate,
     fake_norm_rotate_quantize,
+    fake_norm_rotate_quantize_per_token,
 )
 
 
@@ -37,23 +40,47 @@ def norm_rotate_quantize_triton(
     sin: Tensor,
     shift: Tensor | None,
     scale: Tensor,
+    is_turned: bool,
     dtype: torch.dtype,
 ) -> Tensor:
     """`norm_rotate_quantize`; each token is read once and stays in registers."""
-    check_rotate_quantize(x, weight, cos, sin, shift, scale, dtype)
-    batch, tokens, channels = x.shape
-    heads = scale.shape[0]
-    out = x.new_empty((batch, heads, tokens, channels // heads), dtype=dtype)
+    check_rotate_quantize(x, weight, cos, sin, shift, scale, is_turned, dtype)
+    out = empty_heads(x, cos, dtype)
     if out.numel():
-        from wancompile.kernels.jit import rotary
+        from wancompile.kernels.jit import rotary_quantize
 
-        weight, shift = _contiguous(weight), _contiguous(shift)
-        rotary.launch_quantize(as_rows(x), weight, eps, cos, sin, shift, scale.contiguous(), out)
+        given = as_rows(x), _contiguous(weight), eps, cos, sin, _contiguous(shift)
+        rotary_quantize.launch_per_head(*given, scale.contiguous(), is_turned, out)
     return out
+
+
+@torch.library.custom_op(
+    "wancompile_kernels::norm_rotate_quantize_per_token_triton", mutates_args=()
+)
+def norm_rotate_quantize_per_token_triton(
+    x: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    cos: Tensor,
+    sin: Tensor,
+    is_turned: bool,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """`norm_rotate_quantize_per_token`; each token is read once and stays in registers."""
+    check_rotate_quantize_per_token(x, weight, cos, sin, is_turned, dtype)
+    out = empty_heads(x, cos, dtype)
+    scale = x.new_empty((*out.shape[:3], 1), dtype=torch.float32)
+    if out.numel():
+        from wancompile.kernels.jit import rotary_quantize
+
+        given = as_rows(x), _contiguous(weight), eps, cos, sin
+        rotary_quantize.launch_per_token(*given, is_turned, out, scale)
+    return out, scale
 
 
 norm_rotate_triton.register_fake(fake_norm_rotate)
 norm_rotate_quantize_triton.register_fake(fake_norm_rotate_quantize)
+norm_rotate_quantize_per_token_triton.register_fake(fake_norm_rotate_quantize_per_token)
 
 
 def _contiguous(operand: Tensor | None) -> Tensor | None:
@@ -65,7 +92,11 @@ def _supports(device: torch.device, args: tuple[object, ...]) -> str | None:
 
 
 def _supports_quantize(device: torch.device, args: tuple[object, ...]) -> str | None:
-    return lacks_type(device, args[7]) or lacks_row(args[0])
+    return lacks_type(device, args[8]) or lacks_row(args[0])
+
+
+def _supports_per_token(device: torch.device, args: tuple[object, ...]) -> str | None:
+    return lacks_type(device, args[6]) or lacks_row(args[0])
 
 
 NORM_ROTATE_TRITON = Kernel(
@@ -79,4 +110,10 @@ NORM_ROTATE_QUANTIZE_TRITON = Kernel(
     torch.ops.wancompile.norm_rotate_quantize.default,
     torch.ops.wancompile_kernels.norm_rotate_quantize_triton.default,
     _supports_quantize,
+)
+NORM_ROTATE_QUANTIZE_PER_TOKEN_TRITON = Kernel(
+    "norm_rotate_quantize_per_token_triton",
+    torch.ops.wancompile.norm_rotate_quantize_per_token.default,
+    torch.ops.wancompile_kernels.norm_rotate_quantize_per_token_triton.default,
+    _supports_per_token,
 )

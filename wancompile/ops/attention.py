@@ -1,4 +1,4 @@
-"""Attention with q and k in 8 bits and static per-head scales; v and P in e4m3 or bf16."""
+"""Attention with q and k in 8 bits, scales per head or of q per token; v and P in e4m3 or bf16."""
 
 import torch
 from torch import Tensor
@@ -29,7 +29,7 @@ def scaled_attention(
         k: `[B, H, Sk, D]`, of the dtype of `q`.
         v: `[B, H, Sk, D]`. With a `v_scale` e4m3 in units of it, or a wider float, which is
             rounded to that; without, a float, which is rounded to bf16.
-        q_scale: `[H]` fp32.
+        q_scale: `[H]` fp32, one for each head, or `[B, H, Sq, 1]`, one for each token of it.
         k_scale: `[H]` fp32.
         v_scale: `[H]` fp32, or None for a product by v in bf16.
         softmax_scale: factor of the logits, usually `D ** -0.5`.
@@ -45,12 +45,13 @@ def scaled_attention(
     check_attention(q, k, v, q_scale, k_scale, v_scale, out_dtype)
     rounded = quantized_values(v, v_scale)
     keys, values = decode(k).transpose(-2, -1), decode(rounded)
-    logit_scale = (q_scale * k_scale * softmax_scale)[:, None, None]
+    logit_scale = per_token(q_scale) * (k_scale * softmax_scale)[:, None, None]
+    logit_scale = logit_scale.expand(q.shape[0], -1, q.shape[2], -1)
     out_scale = 1 / P_RANGE if v_scale is None else v_scale[:, None, None] / P_RANGE
     out = empty_output(q, out_dtype)
     batch, heads, tokens, _ = q.shape
     for rows in row_chunks(tokens, batch * heads * k.shape[2], q.device):
-        logits = (decode(q[:, :, rows]) @ keys).mul_(logit_scale)
+        logits = (decode(q[:, :, rows]) @ keys).mul_(logit_scale[:, :, rows])
         out[:, :, rows] = _attend(logits, values, rounded.dtype).mul_(out_scale)
     return out
 
@@ -75,6 +76,11 @@ def empty_output(q: Tensor, dtype: torch.dtype) -> Tensor:
     """An output `[B, H, Sq, D]` to fill, laid out as `[B, Sq, H, D]`."""
     batch, heads, tokens, channels = q.shape
     return q.new_empty((batch, tokens, heads, channels), dtype=dtype).transpose(1, 2)
+
+
+def per_token(q_scale: Tensor) -> Tensor:
+    """`q_scale` as it broadcasts to q `[B, H, Sq, D]`: `[H, 1, 1]` or `[B, H, Sq, 1]`."""
+    return q_scale[:, None, None] if q_scale.dim() == 1 else q_scale
 
 
 def quantized_values(v: Tensor, v_scale: Tensor | None) -> Tensor:
@@ -105,11 +111,19 @@ def check_attention(
     fits = fits and q.dim() == k.dim() == v.dim() == 4 and out_dtype.is_floating_point
     fits = fits and k.shape == v.shape and q.shape[:2] == k.shape[:2] and q.shape[3] == k.shape[3]
     fits = fits and (v_scale is not None or v.dtype != FP8)
-    scales = (q_scale, k_scale) if v_scale is None else (q_scale, k_scale, v_scale)
+    fits = fits and _is_query_scale(q_scale, q)
+    scales = (k_scale,) if v_scale is None else (k_scale, v_scale)
     fits = fits and all(is_scale(scale, q.shape[1]) for scale in scales)
     need = (
         "q [B, H, Sq, D] and k [B, H, Sk, D] both int8 or both float8_e4m3fn, v a float "
-        "shaped like k, scales float32[H] (of v only if it is rounded to 8 bits), a float out_dtype"
+        "shaped like k, scales float32[H] (of q float32[B, H, Sq, 1], too, of v only if it is "
+        "rounded to 8 bits), a float out_dtype"
     )
     got = (q, k, v, q_scale, k_scale, v_scale, out_dtype)
     require(fits, "scaled_attention", need, *got)
+
+
+def _is_query_scale(q_scale: Tensor, q: Tensor) -> bool:
+    if q_scale.dim() == 1:
+        return is_scale(q_scale, q.shape[1])
+    return is_scale(q_scale, *q.shape[:3], 1)

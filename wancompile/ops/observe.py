@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from wancompile.ops.check import require
+from wancompile.ops.hadamard import check_hadamard, turned
 from wancompile.quant.numerics import absmax
 
 
@@ -74,8 +75,8 @@ def fake_observe_channels(
 
 
 @torch.library.custom_op("wancompile::observe_heads", mutates_args=("low", "high"))
-def observe_heads(x: Tensor, low: Tensor, high: Tensor, label: Tensor) -> None:
-    """Record the range of `x` over tokens.
+def observe_heads(x: Tensor, low: Tensor, high: Tensor, label: Tensor, is_turned: bool) -> None:
+    """Record the range of `x` over tokens, if `is_turned` that of its Hadamard transform.
 
     Per channel, not per head: smoothing scales the channels of v after it was observed, and from
     each channel of k the middle of its range may be subtracted.
@@ -86,8 +87,12 @@ def observe_heads(x: Tensor, low: Tensor, high: Tensor, label: Tensor) -> None:
             stays NaN for good.
         high: `[L, H, D]` fp32, starts at -infinity. Line `label` rises to the largest values.
         label: int64 scalar tensor.
+        is_turned: multiply x by the matrix of `hadamard` first; D is then a power of two.
     """
     _check_heads(x, low, high, label)
+    if is_turned:
+        check_hadamard(x)
+        x = turned(x.to(torch.float32))
     line = label.reshape(1)
     _raise_line(high, line, x.amax((0, 2)))
     lowered = torch.minimum(low.index_select(0, line), x.amin((0, 2)).to(low.dtype))
@@ -95,9 +100,13 @@ def observe_heads(x: Tensor, low: Tensor, high: Tensor, label: Tensor) -> None:
 
 
 @observe_heads.register_fake
-def fake_observe_heads(x: Tensor, low: Tensor, high: Tensor, label: Tensor) -> None:
+def fake_observe_heads(
+    x: Tensor, low: Tensor, high: Tensor, label: Tensor, is_turned: bool
+) -> None:
     """Checks only: `observe_heads` returns nothing."""
     _check_heads(x, low, high, label)
+    if is_turned:
+        check_hadamard(x)
 
 
 def _raise_line(amax: Tensor, line: Tensor, values: Tensor) -> None:

@@ -1,10 +1,11 @@
-"""RMSNorm and rotary position embedding of q and k as one op, which may also round to 8 bits."""
+"""RMSNorm and rotary position embedding of q and k as one op, which may turn and round, too."""
 
 import torch
 from torch import Tensor
 
 from wancompile.ops.check import is_8bit, is_scale, require
-from wancompile.quant.numerics import quantize
+from wancompile.ops.hadamard import has_hadamard, turned
+from wancompile.quant.numerics import absmax_scale, quantize
 
 
 @torch.library.custom_op("wancompile::norm_rotate", mutates_args=())
@@ -27,7 +28,7 @@ def norm_rotate(
         in the layout of q, and the next linear reads that layout without a copy.
     """
     check_rotate(x, weight, cos, sin, dtype)
-    return _turned(x, weight, eps, cos, sin).to(dtype).transpose(1, 2)
+    return _rotated(x, weight, eps, cos, sin).to(dtype).transpose(1, 2)
 
 
 @norm_rotate.register_fake
@@ -48,9 +49,10 @@ def norm_rotate_quantize(
     sin: Tensor,
     shift: Tensor | None,
     scale: Tensor,
+    is_turned: bool,
     dtype: torch.dtype,
 ) -> Tensor:
-    """RMSNorm over all heads, rotate, subtract, quantize each head; nothing is rounded in between.
+    """RMSNorm over all heads, rotate, turn, subtract, quantize; nothing is rounded in between.
 
     Args:
         x: as in `norm_rotate`.
@@ -58,16 +60,19 @@ def norm_rotate_quantize(
         eps: as in `norm_rotate`.
         cos: as in `norm_rotate`.
         sin: as in `norm_rotate`.
-        shift: `[H, D]` fp32, subtracted after the rotation, or None. Softmax does not see a vector
-            that is subtracted from all keys.
+        shift: `[H, D]` fp32, subtracted last, or None. Softmax does not see a vector that is
+            subtracted from all keys.
         scale: `[H]` fp32, static.
+        is_turned: multiply each head by the matrix of `hadamard`; D is then a power of two.
         dtype: int8 or e4m3.
 
     Returns:
         `[B, H, S, D]` in `dtype`, contiguous; what lies outside the range saturates.
     """
-    check_rotate_quantize(x, weight, cos, sin, shift, scale, dtype)
-    y = _turned(x, weight, eps, cos, sin)
+    check_rotate_quantize(x, weight, cos, sin, shift, scale, is_turned, dtype)
+    y = _rotated(x, weight, eps, cos, sin)
+    if is_turned:
+        y = turned(y)
     if shift is not None:
         y = y - shift
     return quantize(y, scale[:, None], dtype).transpose(1, 2).contiguous()
@@ -82,13 +87,69 @@ def fake_norm_rotate_quantize(
     sin: Tensor,
     shift: Tensor | None,
     scale: Tensor,
+    is_turned: bool,
     dtype: torch.dtype,
 ) -> Tensor:
     """Shape and dtype of `norm_rotate_quantize` and of its kernels."""
-    check_rotate_quantize(x, weight, cos, sin, shift, scale, dtype)
+    check_rotate_quantize(x, weight, cos, sin, shift, scale, is_turned, dtype)
+    return empty_heads(x, cos, dtype)
+
+
+@torch.library.custom_op("wancompile::norm_rotate_quantize_per_token", mutates_args=())
+def norm_rotate_quantize_per_token(
+    x: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    cos: Tensor,
+    sin: Tensor,
+    is_turned: bool,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """RMSNorm over all heads, rotate, turn, quantize each head of each token by its own scale.
+
+    Args:
+        x: as in `norm_rotate`.
+        weight: as in `norm_rotate`.
+        eps: as in `norm_rotate`.
+        cos: as in `norm_rotate`.
+        sin: as in `norm_rotate`.
+        is_turned: as in `norm_rotate_quantize`.
+        dtype: int8 or e4m3.
+
+    Returns:
+        `q [B, H, S, D]` in `dtype` and `scale [B, H, S, 1]` fp32, both contiguous, the scale as of
+        `quantize_per_token`.
+    """
+    check_rotate_quantize_per_token(x, weight, cos, sin, is_turned, dtype)
+    y = _rotated(x, weight, eps, cos, sin)
+    if is_turned:
+        y = turned(y)
+    y = y.transpose(1, 2)
+    scale = absmax_scale(y, -1, dtype)
+    return quantize(y, scale, dtype).contiguous(), scale.contiguous()
+
+
+@norm_rotate_quantize_per_token.register_fake
+def fake_norm_rotate_quantize_per_token(
+    x: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    cos: Tensor,
+    sin: Tensor,
+    is_turned: bool,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """Shapes and dtypes of `norm_rotate_quantize_per_token` and of its kernels."""
+    check_rotate_quantize_per_token(x, weight, cos, sin, is_turned, dtype)
+    out = empty_heads(x, cos, dtype)
+    return out, x.new_empty((*out.shape[:3], 1), dtype=torch.float32)
+
+
+def empty_heads(x: Tensor, cos: Tensor, dtype: torch.dtype) -> Tensor:
+    """An output `[B, H, S, D]` of the ops that quantize to fill, contiguous."""
     batch, tokens, channels = x.shape
-    heads = scale.shape[0]
-    return x.new_empty((batch, heads, tokens, channels // heads), dtype=dtype)
+    size = 2 * cos.shape[1]
+    return x.new_empty((batch, channels // size, tokens, size), dtype=dtype)
 
 
 def empty_rotated(x: Tensor, cos: Tensor, dtype: torch.dtype) -> Tensor:
@@ -98,7 +159,7 @@ def empty_rotated(x: Tensor, cos: Tensor, dtype: torch.dtype) -> Tensor:
     return x.new_empty((batch, tokens, channels // size, size), dtype=dtype).transpose(1, 2)
 
 
-def _turned(x: Tensor, weight: Tensor | None, eps: float, cos: Tensor, sin: Tensor) -> Tensor:
+def _rotated(x: Tensor, weight: Tensor | None, eps: float, cos: Tensor, sin: Tensor) -> Tensor:
     """The normed and rotated heads `[B, S, H, D]` in fp32."""
     y = x.to(torch.float32)
     y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps)
@@ -111,6 +172,7 @@ def _turned(x: Tensor, weight: Tensor | None, eps: float, cos: Tensor, sin: Tens
 
 
 _OPERANDS = "x float[B, S, H * D], weight float[H * D] or None, cos and sin float32[S, D / 2]"
+_TURNED = "D a power of two if it is turned"
 
 
 def check_rotate(
@@ -129,18 +191,38 @@ def check_rotate_quantize(
     sin: Tensor,
     shift: Tensor | None,
     scale: Tensor,
+    is_turned: bool,
     dtype: torch.dtype,
 ) -> None:
     """Raise InputError unless the arguments are those of `norm_rotate_quantize`."""
-    fits = _are_operands(x, weight, cos, sin) and is_8bit(dtype)
+    fits = _are_operands(x, weight, cos, sin) and is_8bit(dtype) and _can_turn(cos, is_turned)
     if fits:
         size = 2 * cos.shape[1]
         heads = x.shape[2] // size
         fits = is_scale(scale, heads) and (shift is None or is_scale(shift, heads, size))
     need = (
-        f"{_OPERANDS}, shift float32[H, D] or None, scale float32[H], dtype int8 or float8_e4m3fn"
+        f"{_OPERANDS}, {_TURNED}, shift float32[H, D] or None, scale float32[H], "
+        "dtype int8 or float8_e4m3fn"
     )
     require(fits, "norm_rotate_quantize", need, x, weight, cos, sin, shift, scale, dtype)
+
+
+def check_rotate_quantize_per_token(
+    x: Tensor,
+    weight: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    is_turned: bool,
+    dtype: torch.dtype,
+) -> None:
+    """Raise InputError unless the arguments are those of `norm_rotate_quantize_per_token`."""
+    fits = _are_operands(x, weight, cos, sin) and is_8bit(dtype) and _can_turn(cos, is_turned)
+    need = f"{_OPERANDS}, {_TURNED}, dtype int8 or float8_e4m3fn"
+    require(fits, "norm_rotate_quantize_per_token", need, x, weight, cos, sin, dtype)
+
+
+def _can_turn(cos: Tensor, is_turned: bool) -> bool:
+    return not is_turned or has_hadamard(int(2 * cos.shape[1]))
 
 
 def _are_operands(x: Tensor, weight: Tensor | None, cos: Tensor, sin: Tensor) -> bool:

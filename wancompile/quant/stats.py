@@ -19,7 +19,7 @@ from wancompile.ir.site import Site
 from wancompile.quant import lines, stability
 from wancompile.quant.stability import Stability
 
-FORMAT = "wancompile-stats-3"
+FORMAT = "wancompile-stats-4"
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,6 +61,8 @@ class ChannelStats:
 @dataclass(frozen=True, eq=False)
 class HeadStats:
     """The range of one attention operand `[B, H, S, D]`, on M lines; see `quant/lines.py`.
+
+    Of q and k it is that of the Hadamard transform where D is a power of two.
 
     `low` and `high`, both `[M, H, D]` fp32: smallest and largest value per channel; +infinity and
     -infinity where nothing was seen.

@@ -79,6 +79,7 @@ def _attend(
 ):
     """Online softmax over one block of keys; `peak` is the row maximum of base-2 logits so far.
 
+    These are products times `factor`, which every row has its own of.
     A bias of the products raises all logits alike, so weights are the same without it. The maximum
     is rounded at the size of the bias, but alike for all of a row, the total included.
     """
@@ -88,7 +89,7 @@ def _attend(
         product = tl.where(inside[None, :], product, float("-inf"))
     higher = tl.maximum(peak, tl.max(product, 1) * factor)
     decay = tl.exp2(peak - higher)
-    weight = tl.exp2(tl.fma(product, factor, (P_BITS - higher)[:, None]))
+    weight = tl.exp2(tl.fma(product, factor[:, None], (P_BITS - higher)[:, None]))
     total = total * decay + tl.sum(weight, 1)
     out = out * decay[:, None]
     out = tl.dot(_swap_keys(weight.to(tl.float8e4nv)), v.load([value_row, start]).T, out)
@@ -163,19 +164,26 @@ def _attention(
     SUM: tl.constexpr,
     P_BITS: tl.constexpr,
     BIASED: tl.constexpr,
+    PER_TOKEN: tl.constexpr,
 ):
     """One program computes `BLOCK_Q` queries of one head; q, k and v are descriptors.
 
-    A block at the end of a head reads on into the next one: queries there are not stored, and
-    weights of keys there are 0, as are the padded values.
+    `q_scale` has a number for each query if `PER_TOKEN`, else for each head. A block at the end of
+    a head reads on into the next one: queries there are not stored, and weights of keys there are
+    0, as are the padded values.
     """
     both = tl.program_id(1)
     head = both % heads
     first = tl.program_id(0) * BLOCK_Q
-    factor = tl.load(q_scale + head) * tl.load(k_scale + head) * softmax_scale
+    query = first + tl.arange(0, BLOCK_Q)
+    if PER_TOKEN:
+        factor = tl.load(q_scale + both * q_tokens + query, mask=query < q_tokens, other=1.0)
+    else:
+        factor = tl.full((BLOCK_Q,), 1.0, tl.float32) * tl.load(q_scale + head)
+    factor *= tl.load(k_scale + head) * softmax_scale
     queries = q.load([both * q_tokens + first, 0])
     # From 0.5 on, a rounded maximum could push weights over the range of e4m3.
-    if factor < 0.5 if BIASED else False:
+    if tl.max(factor, 0) < 0.5 if BIASED else False:
         result, total = _attend_all(
             queries, k, v, factor, both * k_tokens, both * D, k_tokens,
             D, BLOCK_K, SUM, P_BITS, True,
@@ -186,7 +194,7 @@ def _attention(
             D, BLOCK_K, SUM, P_BITS, False,
         )  # fmt: skip
     result = result / total[:, None] * tl.load(v_scale + head)
-    token = first + tl.arange(0, BLOCK_Q)[:, None]
+    token = query[:, None]
     start = out + (both // heads).to(tl.int64) * out_strides[0]
     start += head.to(tl.int64) * out_strides[1]
     to = start + token.to(tl.int64) * out_strides[2] + tl.arange(0, D)[None, :]
@@ -232,7 +240,7 @@ def launch(
             by 16; none of all is empty.
         k: `[B, H, Sk, D]`, of the dtype of `q`.
         v: `[B, H, Sk, D]`, e4m3 or a float that is rounded to it; any strides, any address.
-        scales: of q, k and v, each `[H]` fp32.
+        scales: of q, k and v, each `[H]` fp32; of q also `[B, H, Sq, 1]`; contiguous.
         softmax_scale: factor of the logits, > 0.
         out: `[B, H, Sq, D]`, a float of at most 32 bits; any strides but the last, which is 1.
         tile: None for the fastest measured on an H100.
@@ -258,6 +266,7 @@ def launch(
         SUM=tl.int32 if q.dtype == INT8 else tl.float32,
         P_BITS=math.log2(P_RANGE),
         BIASED=tile.biased and q.dtype == INT8,
+        PER_TOKEN=scales[0].dim() > 1,
         num_warps=tile.warps,
         num_stages=tile.stages,
         maxnreg=tile.registers,

@@ -135,9 +135,10 @@ def _step(
 
 
 @gluon.jit
-def _attend(group, common, EVERY: gl.constexpr):
-    """What one group of warps does."""
-    shared, q_full, to, factor, v_scale, first, q_tokens, k_tokens = common
+def _attend(group, common, EVERY: gl.constexpr, PER_TOKEN: gl.constexpr):
+    """What one group of warps does; `q_scale` is of the head, or of its queries if `PER_TOKEN`."""
+    shared, q_full, to, scales, first, q_tokens, k_tokens = common
+    q_scale, k_factor, v_scale = scales
     queries, keys, values, _turns = shared
     SIZE: gl.constexpr = keys[0].shape[1]
     D: gl.constexpr = keys[0].shape[2]
@@ -146,6 +147,8 @@ def _attend(group, common, EVERY: gl.constexpr):
     K_OF_V: gl.constexpr = 256 // V.primitive_bitwidth
     OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, K_OF_V])
     last = (k_tokens + SIZE - 1) // SIZE - 1
+    query = first + group * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, LOGITS))
+    factor = gl.load(q_scale + query * PER_TOKEN, mask=query < q_tokens, other=1.0) * k_factor
     mbarrier.wait(q_full, 0)
     wait(keys, 0)
     logits = _logits(queries.index(group), buffer(keys, 0), LOGITS)
@@ -204,17 +207,21 @@ def _load(descriptors, rows, shared, q_full, k_tokens):
 @gluon.jit(do_not_specialize=["q_tokens", "k_tokens"])
 def _attention_hopper(
     q, k, v, out, q_scale, k_scale, v_scale, softmax_scale, heads, q_tokens, k_tokens, strides,
-    GROUPS: gl.constexpr, STAGES: gl.constexpr, EVERY: gl.constexpr,
+    GROUPS: gl.constexpr, STAGES: gl.constexpr, EVERY: gl.constexpr, PER_TOKEN: gl.constexpr,
 ):  # fmt: skip
     """`64 * GROUPS` queries of one head; q, k and v are descriptors.
 
-    A block at the end of a head reads on into the next one: queries there are not stored, and
-    weights of keys there are 0, as are the padded values.
+    `q_scale` has a number for each query if `PER_TOKEN` is 1, for each head if it is 0. A block at
+    the end of a head reads on into the next one: queries there are not stored, and weights of keys
+    there are 0, as are the padded values.
     """
     both = gl.program_id(1)
     head = both % heads
-    factor = gl.load(q_scale + head) * gl.load(k_scale + head) * softmax_scale
-    scale = 1.0 if v_scale is None else gl.load(v_scale + head)
+    scales = (
+        q_scale + (both * q_tokens if PER_TOKEN else head),
+        gl.load(k_scale + head) * softmax_scale,
+        1.0 if v_scale is None else gl.load(v_scale + head),
+    )
     first = gl.program_id(0) * (GROUPS * ROWS)
     out += (both // heads).to(gl.int64) * strides[0] + head.to(gl.int64) * strides[1]
     D: gl.constexpr = q.block_shape[1]
@@ -230,18 +237,18 @@ def _attention_hopper(
     values = (both // heads * k_tokens, head * D) if v.dtype == gl.bfloat16 else (both * D, 0)
     rows = both * q_tokens + first, both * k_tokens, values
     load = (q, k, v), rows, shared, q_full, k_tokens
-    common = shared, q_full, (out, strides[2]), factor, scale, first, q_tokens, k_tokens
+    common = shared, q_full, (out, strides[2]), scales, first, q_tokens, k_tokens
     if GROUPS == 2:
         gl.warp_specialize([
-            (_attend, (0, common, EVERY)),
-            (_attend, (1, common, EVERY)),
+            (_attend, (0, common, EVERY, PER_TOKEN)),
+            (_attend, (1, common, EVERY, PER_TOKEN)),
             (_load, load),
         ], [4, 1], [240, 24])  # fmt: skip
     else:
         gl.warp_specialize([
-            (_attend, (0, common, EVERY)),
-            (_attend, (1, common, EVERY)),
-            (_attend, (2, common, EVERY)),
+            (_attend, (0, common, EVERY, PER_TOKEN)),
+            (_attend, (1, common, EVERY, PER_TOKEN)),
+            (_attend, (2, common, EVERY, PER_TOKEN)),
             (_load, load),
         ], [4, 4, 1], [160, 160, 24])  # fmt: skip
 
@@ -269,7 +276,8 @@ def launch(
         k: `[B, H, Sk, D]`, of the dtype of `q`.
         v: `[B * H * D, S]`, e4m3, what `attention.transpose_values` makes of `[B, H, Sk, D]`; or
             `[B * Sk, H * D]`, bf16, rows any multiple of 8 apart.
-        scales: of q, k and v, each `[H]` fp32, contiguous; of v None where it is bf16.
+        scales: of q, k and v, each `[H]` fp32, contiguous; of q also `[B, H, Sq, 1]`, of v None
+            where it is bf16.
         softmax_scale: factor of the logits, > 0.
         out: `[B, H, Sq, D]`, a float of at most 32 bits; any strides but the last, which is 1.
         tile: None for the fastest measured on an H100.
@@ -293,5 +301,6 @@ def launch(
         GROUPS=tile.groups,
         STAGES=tile.stages,
         EVERY=tile.polynomial,
+        PER_TOKEN=int(scales[0].dim() > 1),
         num_warps=4,
     )

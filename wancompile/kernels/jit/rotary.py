@@ -1,4 +1,4 @@
-"""RMSNorm and rotary embedding of q or k, rounded to 8 bits or to a float; a program per token."""
+"""RMSNorm and rotary embedding of q or k, rounded to a float; a program per token."""
 
 # A tuple of chunks changes its type as it grows.
 # mypy: disable-error-code="assignment"
@@ -9,12 +9,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from wancompile.kernels.jit.rows import row_shape, saturate, to_8bit
-from wancompile.quant.numerics import INT8, QMAX
+from wancompile.kernels.jit.rows import row_shape
 
 
 @triton.jit
-def _load_heads(
+def load_heads(
     start,
     FIRST: tl.constexpr,
     H: tl.constexpr,
@@ -39,7 +38,7 @@ def _load_token(
 ):
     chunks = ()
     for first in tl.static_range(0, H, BLOCK_H):
-        chunks += (_load_heads(start, first, H, D, BLOCK_H, BLOCK_D).to(tl.float32),)
+        chunks += (load_heads(start, first, H, D, BLOCK_H, BLOCK_D).to(tl.float32),)
     return chunks
 
 
@@ -52,7 +51,7 @@ def _sum_squares(chunks):
 
 
 @triton.jit
-def _read_token(
+def read_token(
     at,
     cos,
     sin,
@@ -78,10 +77,10 @@ def _read_token(
 
 
 @triton.jit
-def _turn_heads(value, weight, cos, sin, FIRST: tl.constexpr, H: tl.constexpr, D: tl.constexpr):
+def rotate_heads(value, weight, cos, sin, FIRST: tl.constexpr, H: tl.constexpr, D: tl.constexpr):
     """The heads from `FIRST` on times their weights, rotated by `cos` and `sin`."""
     if weight is not None:
-        value *= _load_heads(weight, FIRST, H, D, value.shape[0], value.shape[1]).to(tl.float32)
+        value *= load_heads(weight, FIRST, H, D, value.shape[0], value.shape[1]).to(tl.float32)
     return _rotate(value, cos, sin)
 
 
@@ -96,7 +95,7 @@ def _rotate(value, cos, sin):
 
 
 @triton.jit
-def _store_heads(to, value, FIRST: tl.constexpr, H: tl.constexpr, D: tl.constexpr):
+def store_heads(to, value, FIRST: tl.constexpr, H: tl.constexpr, D: tl.constexpr):
     """Write the heads from `FIRST` on to `to`; those beyond `H` are none."""
     if FIRST + value.shape[0] <= H and value.shape[1] == D:
         tl.store(to, value)
@@ -126,54 +125,15 @@ def _norm_rotate(
     token = (tl.program_id(0) % tokens).to(tl.int64)
     row = tl.program_id(0).to(tl.int64)
     at = x + row * x_stride
-    values, c, s = _read_token(
+    values, c, s = read_token(
         at, cos, sin, token, eps, cos_strides, sin_strides, H, D, BLOCK_H, BLOCK_D
     )
     channel = tl.arange(0, BLOCK_D)[None, :]
     for i in tl.static_range(len(values)):
-        turned = _turn_heads(values[i], weight, c, s, i * BLOCK_H, H, D)
+        rotated = rotate_heads(values[i], weight, c, s, i * BLOCK_H, H, D)
         head = i * BLOCK_H + tl.arange(0, BLOCK_H)[:, None]
         to = out + row * (H * D) + head * D + channel
-        _store_heads(to, turned.to(out.dtype.element_ty), i * BLOCK_H, H, D)
-
-
-@triton.jit(do_not_specialize=["tokens"])
-def _norm_rotate_quantize(
-    x,
-    weight,
-    cos,
-    sin,
-    shift,
-    scales,
-    out,
-    tokens,
-    eps,
-    x_stride,
-    cos_strides,
-    sin_strides,
-    H: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    IS_INT8: tl.constexpr,
-    QMAX: tl.constexpr,
-):
-    row = tl.program_id(0)
-    batch = row // tokens
-    token = (row - batch * tokens).to(tl.int64)
-    at = x + row.to(tl.int64) * x_stride
-    values, c, s = _read_token(
-        at, cos, sin, token, eps, cos_strides, sin_strides, H, D, BLOCK_H, BLOCK_D
-    )
-    channel = tl.arange(0, BLOCK_D)[None, :]
-    for i in tl.static_range(len(values)):
-        head = i * BLOCK_H + tl.arange(0, BLOCK_H)[:, None]
-        inverse = tl.div_rn(1.0, tl.load(scales + head, mask=head < H, other=1.0))
-        steps = _turn_heads(values[i], weight, c * inverse, s * inverse, i * BLOCK_H, H, D)
-        if shift is not None:
-            steps -= _load_heads(shift, i * BLOCK_H, H, D, BLOCK_H, BLOCK_D) * inverse
-        to = out + ((batch * H + head).to(tl.int64) * tokens + token) * D + channel
-        _store_heads(to, to_8bit(saturate(steps, QMAX), IS_INT8), i * BLOCK_H, H, D)
+        store_heads(to, rotated.to(out.dtype.element_ty), i * BLOCK_H, H, D)
 
 
 def launch(
@@ -189,7 +149,7 @@ def launch(
         sin: `[S, D / 2]` fp32, any strides.
         out: `[B, H, S, D]`, any float dtype, laid out as `[B, S, H, D]`.
     """
-    grid, shape = _shape(out)
+    grid, shape = grid_of(out)
     _norm_rotate[grid](
         x,
         weight,
@@ -205,49 +165,7 @@ def launch(
     )
 
 
-def launch_quantize(
-    x: Tensor,
-    weight: Tensor | None,
-    eps: float,
-    cos: Tensor,
-    sin: Tensor,
-    shift: Tensor | None,
-    scale: Tensor,
-    out: Tensor,
-) -> None:
-    """Fill `out` with what `norm_rotate_quantize` computes.
-
-    Args:
-        x: as in `launch`.
-        weight: as in `launch`.
-        eps: as in `launch`.
-        cos: as in `launch`.
-        sin: as in `launch`.
-        shift: `[H, D]` fp32, contiguous, or None.
-        scale: `[H]` fp32, contiguous.
-        out: `[B, H, S, D]`, int8 or e4m3, contiguous.
-    """
-    grid, shape = _shape(out)
-    _norm_rotate_quantize[grid](
-        x,
-        weight,
-        cos,
-        sin,
-        shift,
-        scale,
-        out,
-        out.shape[2],
-        eps,
-        x.stride(0),
-        cos.stride(),
-        sin.stride(),
-        **shape,
-        IS_INT8=out.dtype == INT8,
-        QMAX=float(QMAX[out.dtype]),
-    )
-
-
-def _shape(out: Tensor) -> tuple[tuple[int], dict[str, int]]:
+def grid_of(out: Tensor) -> tuple[tuple[int], dict[str, int]]:
     """Return the grid and the constants of a kernel that writes `out [B, H, S, D]`."""
     batch, heads, tokens, channels = out.shape
     block_d = triton.next_power_of_2(channels)

@@ -181,10 +181,11 @@ def online_softmax(logits, peak, total, factor, EVERY: gl.constexpr):
     """One block of an online softmax.
 
     Args:
-        logits: `[64, n]`, to be multiplied by `factor`; an offset common to all calls cancels.
+        logits: `[64, n]`, to be multiplied by `factor`; an offset common to a row in all calls
+            cancels.
         peak: `[64]`, the row maximum so far, -inf at first.
         total: the sums of weights so far, as of `thread_sums`.
-        factor: of the logits, log2(e) included, > 0.
+        factor: `[64]`, of the logits of each row, log2(e) included, > 0.
         EVERY: as of `_exp2`.
 
     Returns:
@@ -194,7 +195,7 @@ def online_softmax(logits, peak, total, factor, EVERY: gl.constexpr):
     higher = gl.maximum(peak, gl.max(logits, 1))
     decay = gl.exp2((peak - higher) * factor)
     shift = higher * factor - _P_BITS
-    weight = _exp2(logits * factor - shift[:, None], EVERY)
+    weight = _exp2(logits * factor[:, None] - shift[:, None], EVERY)
     rows: gl.constexpr = gl.SliceLayout(1, total.type.layout)
     old = total * gl.convert_layout(decay, rows, assert_trivial=True)[:, None]
     return higher, old + thread_sums(weight), decay, weight
