@@ -167,7 +167,7 @@ def test_the_own_error_of_an_attention_is_that_on_its_operands(dtype):
 
     def keep(node, given, result):
         name = str(node.target)
-        if "quantize_per_head" in name:
+        if "quantize_per" in name and given[0].dim() == 4:
             operands.setdefault("floats", []).append(given[0])
         if "scaled_attention" in name:
             operands["v"], operands["out"] = given[2], result
@@ -206,6 +206,8 @@ def test_values_with_the_largest_code_are_counted(dtype):
             rounded.append(result.float().abs())
 
     program.watched(keep, x=4 * X)
+    # Queries in int8 have scales of their own, of which each has a value of the largest code.
+    assert len(rounded) == {"int8": 1, "fp8": 2}[dtype]
     largest = {"int8": 127, "fp8": 448}[dtype]
     shares = [float((one == largest).float().mean()) for one in rounded]
     assert outside >= max(shares) > 0.2
