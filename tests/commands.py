@@ -39,7 +39,6 @@ def write_prompts(path: Path, *words: str) -> Path:
 
 def sentence(err: str) -> str:
     """Return the only message of a command that refused; its notes of progress come before."""
-    *_, last = [line for line in err.splitlines() if line.startswith("wancompile: ")]
-    assert err.count("wancompile: ") == 1
+    (found,) = [line for line in err.splitlines() if line.startswith("wancompile: ")]
     assert "Traceback" not in err
-    return last.removeprefix("wancompile: ")
+    return found.removeprefix("wancompile: ")

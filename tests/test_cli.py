@@ -45,7 +45,10 @@ def test_version_and_help(run: Run) -> None:
     assert "inspect" in out
 
 
-@pytest.mark.parametrize("argv", [(), ("plan",), ("inspect",), ("demo",)])
+@pytest.mark.parametrize(
+    "argv",
+    [(), ("plan",), ("inspect",), ("demo",), ("compile",), ("check",), ("bench",)],
+)
 def test_help_fits_a_terminal(
     run: Run, argv: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:

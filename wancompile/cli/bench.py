@@ -88,7 +88,7 @@ def run(args: argparse.Namespace) -> None:
     if args.json:
         print(json.dumps({name: [asdict(one) for one in both] for name, both in found.items()}))
         return
-    print("\n\n".join(_as_text(name, both) for name, both in found.items()))
+    print("\n\n".join(as_text(name, both) for name, both in found.items()))
 
 
 def _saved(
@@ -144,7 +144,8 @@ def _peak(device: torch.device) -> int | None:
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
 
 
-def _as_text(name: str, both: Sequence[Figures]) -> str:
+def as_text(name: str, both: Sequence[Figures]) -> str:
+    """Return a table of one model, or of it, its original and their ratios."""
     rows = [_row(one) for one in both]
     if len(both) == 2:
         rows.append(_ratios(*both))
