@@ -139,6 +139,23 @@ def test_every_linear_is_accounted_for(found: Plan) -> None:
     assert all(one.reason for one in found.leftovers)
 
 
+def test_what_is_the_same_at_every_step(found: Plan) -> None:
+    """Text and image embedders, and keys and values of cross-attention, by hand."""
+    steady, image, scale = found.steady, 257, 4
+    assert steady is not None
+    assert steady.inputs == ("encoder_hidden_states", "encoder_hidden_states_image")
+    assert steady.linears == 4 + 4 * LAYERS
+    keys = 2 * LAYERS * DIM * DIM
+    text = TEXT_DIM * DIM + DIM * DIM
+    vision = IMAGE_DIM * IMAGE_DIM + IMAGE_DIM * DIM
+    assert steady.flops == 2 * (TEXT * (text + keys) + image * (vision + keys))
+    norms = 2 * IMAGE_DIM + 2 * DIM + 2 * LAYERS * DIM  # of the image embedder, and of keys
+    biases = 2 * DIM + IMAGE_DIM + DIM + 4 * LAYERS * DIM
+    assert steady.bytes_before == 2 * (text + vision + 2 * keys + norms + biases)
+    assert steady.bytes_after == steady.bytes_before - 2 * keys + 4 * LAYERS * DIM * scale
+    assert steady.cached_bytes == 2 * 2 * LAYERS * DIM * (TEXT + image)
+
+
 def test_planning_is_measured(found: Plan) -> None:
     assert 0 < found.seconds < 60
     assert found.peak_bytes is None or found.peak_bytes > 50e6

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from wancompile import hoist
 from wancompile.api import trace
 from wancompile.errors import LevelError
 from wancompile.flops import Work, fixed, flops, numel, size_of, work_of
@@ -89,10 +90,29 @@ class Leftover:
 
 
 @dataclass(frozen=True)
+class Steady:
+    """What is the same in every call of a denoising loop, and so is computed once for each prompt.
+
+    `inputs` are the tensors that it is computed from, `linears` counts those of the model.
+    `bytes_before` and `bytes_after` are those of the stored tensors that nothing else reads, with
+    the groups as `GroupPlan` counts them; `flops` is their work. `cached_bytes` is what is kept of
+    one prompt.
+    """
+
+    inputs: tuple[str, ...]
+    linears: int
+    bytes_before: int
+    bytes_after: int
+    flops: int
+    cached_bytes: int
+
+
+@dataclass(frozen=True)
 class Plan:
     """What `recipe` would do to a model, and what one call of it costs.
 
-    `bytes_before` and `bytes_after` count all stored tensors. `seconds` is the time of planning,
+    `bytes_before` and `bytes_after` count all stored tensors. `steady` is None where nothing is the
+    same in every call. `seconds` is the time of planning,
     `peak_bytes` the largest resident size of this process so far, None where the system does not
     tell.
     """
@@ -102,6 +122,7 @@ class Plan:
     groups: tuple[GroupPlan, ...]
     leftovers: tuple[Leftover, ...]
     work: tuple[Work, ...]
+    steady: Steady | None = None
     seconds: float = 0.0
     peak_bytes: int | None = None
 
@@ -166,6 +187,7 @@ def plan_program(program: Program, recipe: Recipe) -> Plan:
         groups=_groups(program, recipe, nodes),
         leftovers=_leftovers(program, nodes),
         work=work_of(program, recipe),
+        steady=_steady(program, recipe),
     )
 
 
@@ -267,4 +289,28 @@ def _leftovers(program: Program, nodes: Mapping[Site, Node]) -> tuple[Leftover, 
             reason, tuple(map(str, found)), _linear_bytes([nodes[site] for site in found], None)
         )
         for reason, found in sites.items()
+    )
+
+
+def _steady(program: Program, recipe: Recipe) -> Steady | None:
+    found = hoist.find(program)
+    if found is None:
+        return None
+    gain = hoist.facts(program, found)
+    specs: dict[Site | None, QSpec | None] = {
+        site: recipe.spec_for(group) for group in program.groups for site in group.sites
+    }
+    linears = {match.stored_name(match.args(n)[1]): n for n in found.hoisted if match.is_linear(n)}
+    saved = sum(
+        _linear_bytes([node], None) - _linear_bytes([node], specs.get(match.site(node)))
+        for name, node in linears.items()
+        if name in found.weights
+    )
+    return Steady(
+        inputs=gain.inputs,
+        linears=gain.linears,
+        bytes_before=gain.weight_bytes,
+        bytes_after=gain.weight_bytes - saved,
+        flops=sum(map(flops, found.hoisted)),
+        cached_bytes=gain.cached_bytes,
     )

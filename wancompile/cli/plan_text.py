@@ -24,6 +24,7 @@ def as_text(subject: target.Subject, found: Plan, width: int = WIDTH) -> str:
         _groups(found.groups, width),
         _reasons(found.groups, width),
         _leftovers(found.leftovers, width),
+        _steady(found, width),
         _work(found),
         _cost(found),
     ]
@@ -94,6 +95,22 @@ def _leftovers(leftovers: Sequence[Leftover], width: int) -> str:
         size = f"{plural(len(one.sites), 'linear')}, {nbytes(one.nbytes)}"
         lines += _wrapped(f"{size}: {one.reason}", width, indent=2, hang=2)
         lines += _wrapped(_named(one.sites), width, indent=4)
+    return "\n".join(lines)
+
+
+def _steady(found: Plan, width: int) -> str:
+    steady = found.steady
+    if steady is None:
+        return ""
+    weights, of_weights = steady.bytes_after, steady.bytes_after / max(1, found.bytes_after)
+    work, of_work = steady.flops, steady.flops / max(1, found.flops)
+    linears = plural(steady.linears, "linear")
+    lines = [
+        *_wrapped(f"Computed once for each prompt, from {', '.join(steady.inputs)}:", width),
+        f"  {linears}, {nbytes(weights)} of weights ({percent(of_weights)}) when quantized",
+        f"  {flops(work)} of work ({percent(of_work, 2)})",
+        f"  {nbytes(steady.cached_bytes)} kept of each prompt",
+    ]
     return "\n".join(lines)
 
 
