@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import wancompile
 from benchmarks import subjects
 from wancompile.quant.stats import Stats
-from wancompile.recipe import QSpec, Recipe
+from wancompile.recipe import QSpec, Recipe, resolve
 
 _PARTS = "blocks"
 """The name of the list whose linears every column quantizes, and nothing but those."""
@@ -187,25 +187,26 @@ def _play(model: nn.Module, calls: Sequence[Mapping[str, Any]]) -> None:
             model(**call)
 
 
-def _recipe(dtype: str, attention: str | None = None) -> Recipe:
-    return Recipe(dtype, QSpec(dtype), attention=attention)
-
-
 COLUMNS: tuple[Column, ...] = (
     Column("float", "float32, not quantized", _floating),
     Column("bf16", "bf16, not quantized", _whole_in_bf16(_floating)),
-    Column("int8", "ours int8", _ours(_recipe("int8"))),
+    Column("int8", "ours int8", _ours(resolve("int8"))),
     Column("torchao-fp8", "torchao fp8, per row",
            _torchao("Float8DynamicActivationFloat8WeightConfig", granularity="PerRow")),
     Column("modelopt-int8", "ModelOpt int8 SmoothQuant", _modelopt("INT8_SMOOTHQUANT_CFG")),
-    Column("fp8", "ours fp8", _ours(_recipe("fp8"))),
-    Column("int8-attention", "ours int8, int8 attention", _ours(_recipe("int8", "int8"))),
-    Column("fp8-attention", "ours fp8, fp8 attention", _ours(_recipe("fp8", "fp8"))),
-    Column("int8-rounded", "int8, round to nearest", _ours(_recipe("int8"), calibrated=False)),
-    Column("fp8-rounded", "fp8, round to nearest", _ours(_recipe("fp8"), calibrated=False)),
+    Column("fp8", "ours fp8", _ours(resolve("fp8"))),
+    Column("int8-gptq", "ours int8, GPTQ and clipping",
+           _ours(Recipe("int8-gptq", QSpec("int8", rounding="gptq", clip=True)))),
+    Column("int8-attention", "ours int8, 8-bit attention, values in bf16",
+           _ours(resolve("int8-attention"))),
+    Column("int8-attention-fast", "ours int8, 8-bit attention, values in fp8",
+           _ours(resolve("int8-attention-fast"))),
+    Column("fp8-attention", "ours fp8, 8-bit attention", _ours(resolve("fp8-attention"))),
+    Column("int8-rounded", "int8, round to nearest", _ours(resolve("int8"), calibrated=False)),
+    Column("fp8-rounded", "fp8, round to nearest", _ours(resolve("fp8"), calibrated=False)),
     Column("torchao-int8", "torchao int8, dynamic",
            _torchao("Int8DynamicActivationInt8WeightConfig")),
-    Column("bf16-int8", "bf16, ours int8", _whole_in_bf16(_ours(_recipe("int8")))),
+    Column("bf16-int8", "bf16, ours int8", _whole_in_bf16(_ours(resolve("int8")))),
     Column("bf16-torchao-fp8", "bf16, torchao fp8, per row",
            _whole_in_bf16(_torchao("Float8DynamicActivationFloat8WeightConfig",
                                    granularity="PerRow"))),
