@@ -86,7 +86,7 @@ def node_entries(
 ) -> list[Entry]:
     """Return the time of each op of the lowered program, medians of `repeats` runs."""
     tensors = model.program.signature.bind((), call)
-    timer = _NodeTimer(model.graph, device)
+    timer = _NodeTimer(model.program.module, device)
     for _ in range(repeats + 1):  # the first warms up
         timer.run_timed(tensors)
     return _grouped(timer.entries())

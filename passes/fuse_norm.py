@@ -35,7 +35,12 @@ ops = torch.ops.wancompile
 
 @dataclass(frozen=True)
 class FuseNorm:
-    """Fuse each quantise op with the norm behind it, and the residual sum behind that."""
+    """Fuse each quantise op with the norm behind it, and the residual sum behind that.
+
+    With `distinct_rows`, rows of a modulation that repeat are read from one place.
+    """
+
+    distinct_rows: bool = True
 
     name: ClassVar[str] = "fuse_norm"
     needs: ClassVar[Level] = Level.FUSED
@@ -51,7 +56,7 @@ class FuseNorm:
             if not match.leads_only_to(norm.node, node):
                 draft.skip(node, "something else reads the normed values, too", norm.node)
                 continue
-            _fuse(draft, node, norm)
+            _fuse(draft, node, norm, self.distinct_rows)
         draft.sort()
 
 
@@ -108,7 +113,7 @@ def _is_layer_norm(node: Any) -> bool:
     return match.is_tensor(node) and match.is_op(match.narrowed_from(node), aten.layer_norm.default)
 
 
-def _fuse(draft: Draft, node: Node, norm: _Norm) -> None:
+def _fuse(draft: Draft, node: Node, norm: _Norm, distinct_rows: bool) -> None:
     _, inv_smooth, dtype = match.args(node)
     residual = residual_of(norm.x)
     if residual is not None and _depends([norm.weight, norm.bias], norm.x):
@@ -116,7 +121,7 @@ def _fuse(draft: Draft, node: Node, norm: _Norm) -> None:
     gate = residual.gate if residual is not None else None
     splits = [split(draft, one, node) for one in (gate, norm.weight, norm.bias)]
     gating, *modulating = ((one.value, one.offset) for one in splits)
-    rows = common_rows(draft, splits, node)
+    rows = common_rows(draft, splits, node) if distinct_rows else None
     operands = [*itertools.chain(*modulating), rows, norm.eps, inv_smooth, dtype]
     if residual is None:
         draft.did(node, f"norm rounds to {match.dtype_name(dtype)}")

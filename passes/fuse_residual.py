@@ -27,7 +27,12 @@ ops = torch.ops.wancompile
 
 @dataclass(frozen=True)
 class FuseResidual:
-    """Fuse the gated sums that are left; a sum without a gate is one op as it is."""
+    """Fuse the gated sums that are left; a sum without a gate is one op as it is.
+
+    With `distinct_rows`, rows of a gate that repeat are read from one place.
+    """
+
+    distinct_rows: bool = True
 
     name: ClassVar[str] = "fuse_residual"
     needs: ClassVar[Level] = Level.FUSED
@@ -44,7 +49,7 @@ class FuseResidual:
                 continue
             draft.did(node, "gate and residual in one op")
             gate = split(draft, residual.gate, node)
-            rows = common_rows(draft, [gate], node)
+            rows = common_rows(draft, [gate], node) if self.distinct_rows else None
             operands = residual.x, residual.y, gate.value, gate.offset, rows
             draft.replace_call(node, ops.add_gated.default, *operands)
 

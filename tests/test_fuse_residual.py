@@ -106,6 +106,16 @@ def test_a_table_becomes_an_offset():
     assert match.is_op(rows, torch.ops.wancompile.repeated_rows.default)
 
 
+def test_reading_rows_from_one_place_changes_no_bit():
+    tensors, half = needed(from_a_table), X.shape[1] // 2
+    after = fused(from_a_table, **tensors)
+    without = run_pass(program(from_a_table, **tensors), FuseResidual(distinct_rows=False))
+    assert "repeated_rows" not in counts(without)
+    repeated = torch.cat([X[:, :1].expand(-1, half, -1), X[:, half:]], dim=1)
+    for x in (X, repeated):
+        assert torch.equal(after(x=x), without(x=x))
+
+
 def test_each_sum_of_a_row_is_fused():
     def fn(self, x):
         first = per_video(self, x)

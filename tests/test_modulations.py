@@ -83,6 +83,19 @@ def test_rows_that_repeat_are_read_from_one_place():
     assert found[0, half:].tolist() == list(range(half, X.shape[1]))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("fn", [all_three, selected])
+def test_reading_rows_from_one_place_changes_no_bit(fn, dtype):
+    x = X.to(dtype)
+    with_rows = fused(fn, x, dtype)
+    without = run_pass(program(fn, x, **needed(fn, dtype)), FuseNorm(distinct_rows=False))
+    assert "repeated_rows" in counts(with_rows)
+    assert "repeated_rows" not in counts(without)
+    for y in (x, x[:1, :11], torch.cat([x, x + 1])):
+        for ours, theirs in zip(with_rows(x=y), without(x=y), strict=True):
+            assert torch.equal(ours, theirs)
+
+
 def test_places_are_also_selected():
     after = fused(selected)
     ((_, _, scale, _, shift, *_),) = calls(after, "norm_quantize")
