@@ -56,7 +56,6 @@ KINDS: Mapping[str, Kind] = {
 def make(kind: str, layers: int = 1, *, scheduler: Any = None) -> Any:
     """Return the pipeline, silent, the same for the same arguments."""
     chosen = KINDS[kind]
-    layers = 2 if chosen.variant == "vace" else layers
     torch.manual_seed(0)
     parts: dict[str, Any] = {
         "tokenizer": tokenizer(),
@@ -141,7 +140,7 @@ def _mend_text(factory: Any) -> None:
 
 
 def transformer(variant: str, layers: int, seed: int = 0) -> nn.Module:
-    """A transformer of `zoo`, of two control blocks where it has such."""
+    """A transformer of `zoo`."""
     model, _ = zoo.make(variant, layers, seed=seed)
     return model
 
