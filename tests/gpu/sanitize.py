@@ -16,6 +16,7 @@ from collections.abc import Iterator
 import test_fused_gpu as fused
 import test_kernels_gpu as plain
 import test_linear_residual_gpu as residual
+import test_static_gpu as static
 import torch
 from torch._ops import OpOverload
 
@@ -55,6 +56,7 @@ def linears(tokens: int, device: torch.device) -> Iterator[Case]:
         args = plain.linear_args((tokens, 1552, 208), dtype, device)
         yield plain.LINEAR, (*args, torch.bfloat16)
         yield LINEAR_RESIDUAL, residual.residual_args((2, tokens, 1552, 208), dtype, device)
+        yield static.LINEAR_GELU, static.gelu_args((tokens, 1552, 208), dtype, device)
 
 
 def attentions(tokens: int, device: torch.device) -> Iterator[Case]:
@@ -83,6 +85,7 @@ def rows(tokens: int, device: torch.device) -> Iterator[Case]:
         yield fused.ADD_GATED, (x, x, gate, gate_offset, at)
     for dtype in (INT8, FP8):
         yield plain.PER_TOKEN, (x, ones, dtype)
+        yield static.PER_TENSOR, (x, ones, ones[:1], dtype)
         yield plain.PER_HEAD, (x.view(1, tokens, 4, 128).transpose(1, 2), ones[:4], dtype)
         yield fused.GELU, (x, "tanh", ones, dtype)
         yield fused.ROTATE, (x, None, fused.EPS, angles, angles, None, ones[:4], dtype)
