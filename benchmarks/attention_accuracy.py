@@ -24,7 +24,14 @@ from torch import Tensor
 
 import wancompile
 from benchmarks import record, subjects
-from benchmarks.attention_choices import Choice, Ranges, Simulated, ranges_of
+from benchmarks.attention_choices import (
+    Choice,
+    PlainRanges,
+    Ranges,
+    Simulated,
+    plain_ranges,
+    ranges_of,
+)
 from benchmarks.smoothing import outputs, relative_error
 from wancompile import passes, pipeline
 from wancompile.demo.quality import psnr
@@ -76,18 +83,26 @@ ONE_FACTOR: Mapping[str, Choice] = {
     "V int8": Choice(v="int8"),
     "V int8, per channel": Choice(v="int8", v_scale="channel"),
 }
-_NOW = Choice(qk="int8", k_centre="middle", p="fp8", v="fp8")
-_BF16_PV = replace(_NOW, p="bf16", v="bf16")
+_PLAIN = Choice(qk="int8", k_centre="middle", p="fp8", v="fp8")
+_BF16_PV = replace(_PLAIN, p="bf16", v="bf16")
+_QUERIES = replace(_TURNED, q_scale="token", k_centre="middle")
+RECIPES_AS_CHOICES: Mapping[str, Choice] = {
+    "int8": replace(_QUERIES, p="bf16", v="bf16"),
+    "int8-fast": replace(_QUERIES, p="fp8", v="fp8"),
+    "fp8": replace(_TURNED, qk="fp8", k_centre="middle", p="fp8", v="fp8"),
+}
+"""What `ATTENTIONS` do."""
 _FINE_QK = replace(_TURNED, k_centre="middle", q_scale="token", k_scale="block")
 _FINE = replace(_FINE_QK, p="uint8-dither", p_block=64, v="int8", v_scale="channel")
 WHOLE: Mapping[str, Choice] = {
-    "int8 QK, fp8 PV": _NOW,
-    "int8 QK, fp8 PV, but QK exact": replace(_NOW, qk="exact"),
-    "int8 QK, fp8 PV, but P exact": replace(_NOW, p="exact"),
-    "int8 QK, fp8 PV, but V exact": replace(_NOW, v="exact"),
-    "int8 QK, fp8 PV, K not centred": replace(_NOW, k_centre="none"),
-    "int8 QK, fp8 PV, q per token": replace(_NOW, q_scale="token"),
-    "fp8 QK, fp8 PV": replace(_NOW, qk="fp8"),
+    **{f"recipe {name}": choice for name, choice in RECIPES_AS_CHOICES.items()},
+    "int8 QK, fp8 PV": _PLAIN,
+    "int8 QK, fp8 PV, but QK exact": replace(_PLAIN, qk="exact"),
+    "int8 QK, fp8 PV, but P exact": replace(_PLAIN, p="exact"),
+    "int8 QK, fp8 PV, but V exact": replace(_PLAIN, v="exact"),
+    "int8 QK, fp8 PV, K not centred": replace(_PLAIN, k_centre="none"),
+    "int8 QK, fp8 PV, q per token": replace(_PLAIN, q_scale="token"),
+    "fp8 QK, fp8 PV": replace(_PLAIN, qk="fp8"),
     "int8 QK, bf16 PV": _BF16_PV,
     "int8 QK, bf16 PV, Hadamard": replace(_BF16_PV, turn="hadamard"),
     "int8 QK, bf16 PV, Hadamard, q per token": replace(_BF16_PV, turn="hadamard", q_scale="token"),
@@ -110,7 +125,11 @@ def measure(name: str, options: argparse.Namespace, budget: record.Budget) -> di
     shown = calls(model, [subjects.calibration(name, options.calibration_videos, options.steps)])
     stats = wancompile.calibrate(model, shown)
     floating = wancompile.trace(model, shown[0])
-    programs = {"float": (floating, ranges_of(floating, stats)), "int8": _int8(floating, stats)}
+    plain = plain_ranges(floating, shown)
+    programs = {
+        "float": (floating, ranges_of(floating, stats, plain)),
+        "int8": _int8(floating, stats, plain),
+    }
     asked, _ = subjects.held_out(name, options.videos, options.steps)
     held_out = calls(model, [asked])[:: options.every]
     expected = outputs(model, held_out)
@@ -135,12 +154,14 @@ def measure(name: str, options: argparse.Namespace, budget: record.Budget) -> di
     return found
 
 
-def _int8(program: Program, stats: Stats) -> tuple[Program, Mapping[Site, Ranges]]:
+def _int8(
+    program: Program, stats: Stats, plain: PlainRanges
+) -> tuple[Program, Mapping[Site, Ranges]]:
     """Return the program with smoothed int8 linears, and the ranges of its float attentions."""
     recipe = RECIPES["int8"]
     smoothed = pipeline.run(program, passes.smoothing(recipe, stats))
     quantized = pipeline.run(smoothed, passes.quantization(recipe, stats))
-    return quantized, ranges_of(smoothed, stats)
+    return quantized, ranges_of(smoothed, stats, plain)
 
 
 def _psnr(model: Any, run: Simulated, asked: Request, originals: Tensor) -> list[float]:

@@ -6,8 +6,9 @@ the error is that of the roundings alone.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from torch.fx import Interpreter, Node
 from wancompile.ir import match
 from wancompile.ir.site import Site
 from wancompile.ops.attention import P_RANGE
+from wancompile.ops.hadamard import turned
 from wancompile.passes.quantize_attention import softmax_scale, value_inverse
 from wancompile.program import Program
 from wancompile.quant.numerics import (
@@ -32,6 +34,9 @@ from wancompile.quant.stats import HeadStats, Stats
 
 # SageAttention (Zhang et al. 2025) gives so many queries, and so many keys, one scale.
 _QUERY_BLOCK, _KEY_BLOCK = 128, 64
+PlainRanges = Mapping[Site, tuple[HeadStats, HeadStats]]
+"""The ranges of q and k of each self-attention, as they are."""
+
 _GOLDEN = (5**0.5 - 1) / 2  # its multiples spread evenly between integers
 
 CHOICES: Mapping[str, tuple[str, ...]] = {
@@ -60,7 +65,7 @@ class Choice:
             pair of rotated channels of q by a factor and divides that of k by it, so that their
             calibrated ranges are alike; the factor can go into the weights of the norms before the
             rotation. "hadamard" turns both by the orthogonal matrix of signs (Ashkboos et al. 2024,
-            "QuaRot"), which spreads a large channel over all; its scales are from the call.
+            "QuaRot"), which spreads a large channel over all.
         clip: static scales of q and k are those of `clip` times the calibrated range.
         k_centre: what is subtracted from each channel of k: nothing, the middle of its calibrated
             range, or its mean over the tokens of the call. Softmax does not see it.
@@ -96,11 +101,13 @@ class Choice:
 
 @dataclass(frozen=True, eq=False)
 class Ranges:
-    """The calibrated ranges of q, k and v of one attention."""
+    """The calibrated ranges of q, k and v of one attention, those of q and k also once turned."""
 
     q: HeadStats
     k: HeadStats
     v: HeadStats
+    turned_q: HeadStats
+    turned_k: HeadStats
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,8 +125,11 @@ class Simulated:
         return (leaves[0],)
 
 
-def ranges_of(program: Program, stats: Stats) -> dict[Site, Ranges]:
-    """Return the ranges of every self-attention of a program at NORMAL, smoothed or not."""
+def ranges_of(program: Program, stats: Stats, plain: PlainRanges) -> dict[Site, Ranges]:
+    """Return the ranges of every self-attention of a program at NORMAL, smoothed or not.
+
+    `stats` has those of q and k turned, `plain` is what `plain_ranges` found on the same calls.
+    """
     groups = {group.key: group for group in program.groups}
     found = {}
     for attention in program.attentions:
@@ -130,8 +140,40 @@ def ranges_of(program: Program, stats: Stats) -> dict[Site, Ranges]:
         if inverse is not None:
             factor = inverse.to(v.low.device).reshape(v.low.shape[1:])
             v = replace(v, low=v.low * factor, high=v.high * factor)
-        found[attention.site] = Ranges(q, k, v)
+        found[attention.site] = Ranges(*plain[attention.site], v, q, k)
     return found
+
+
+def plain_ranges(program: Program, calls: Iterable[Mapping[str, Any]]) -> PlainRanges:
+    """Return the ranges of q and k as they are, over `calls`, for each self-attention."""
+    watching = _Watching(program)
+    for call in calls:
+        with torch.no_grad():
+            watching.run(*program.signature.bind((), call))
+    return {site: (q, k) for site, (q, k) in watching.found.items()}
+
+
+class _Watching(Interpreter):
+    """Runs a graph, and keeps the ranges of q and k of its self-attentions."""
+
+    def __init__(self, program: Program) -> None:
+        super().__init__(program.module)
+        self._own = {one.site for one in program.attentions if one.is_self}
+        self.found: dict[Site, list[HeadStats]] = {}
+
+    def run_node(self, n: Node) -> object:
+        site = match.site(n)
+        if site in self._own and match.is_attention(n):
+            (q, k, *_), _ = self.fetch_args_kwargs_from_env(n)
+            seen = [range_of(one) for one in (q, k)]
+            before = self.found.get(site, seen)
+            self.found[site] = [a.merge(b) for a, b in zip(before, seen, strict=True)]
+        return super().run_node(n)
+
+
+def range_of(x: Tensor) -> HeadStats:
+    """Return the range of `x [B, H, S, D]` over batch and tokens."""
+    return HeadStats(x.float().amin((0, 2))[None], x.float().amax((0, 2))[None])
 
 
 class _Replacing(Interpreter):
@@ -167,20 +209,20 @@ def rounded_qk(q: Tensor, k: Tensor, choice: Choice, ranges: Ranges) -> tuple[Te
     """Return what q and k stand for once they are rounded; a centred k stays centred."""
     if choice.qk == "exact":
         return q, k
-    amax_q, amax_k = ranges.q.amax * choice.clip, ranges.k.amax * choice.clip
+    of_q, of_k = ranges.q, ranges.k
+    if choice.turn == "hadamard":
+        q, k = turned(q), turned(k)
+        of_q, of_k = ranges.turned_q, ranges.turned_k
+    amax_q, amax_k = of_q.amax * choice.clip, of_k.amax * choice.clip
     if choice.k_centre != "none":
         is_static = choice.k_centre == "middle"
-        k = k - (ranges.k.middle[:, None] if is_static else k.mean(-2, keepdim=True))
+        k = k - (of_k.middle[:, None] if is_static else k.mean(-2, keepdim=True))
         # No range is known of a k without its mean: this one is too narrow where they differ.
-        amax_k = ranges.k.half_width * choice.clip
+        amax_k = of_k.half_width * choice.clip
     if choice.turn == "balance":
         gain = _balance(amax_q, amax_k)
         q, k = q * gain[:, None], k / gain[:, None]
         amax_q, amax_k = amax_q * gain, amax_k / gain
-    if choice.turn == "hadamard":
-        matrix = _hadamard(q.shape[-1]).to(q.device)
-        q, k = q @ matrix, k @ matrix
-        amax_q, amax_k = absmax(q, (0, 2)), absmax(k, (0, 2))
     dtype = INT8 if choice.qk == "int8" else FP8
     q = _round_tokens(q, amax_q, choice.q_scale, _QUERY_BLOCK, dtype)
     return q, _round_tokens(k, amax_k, choice.k_scale, _KEY_BLOCK, dtype)
@@ -190,14 +232,6 @@ def _balance(amax_q: Tensor, amax_k: Tensor) -> Tensor:
     """Return the factor of q per channel, the same for both of a rotated pair, `[H, D]`."""
     pairs = [amax.unflatten(-1, (-1, 2)).amax(-1).clamp_min(1e-6) for amax in (amax_q, amax_k)]
     return (pairs[1] / pairs[0]).sqrt().repeat_interleave(2, -1)
-
-
-def _hadamard(size: int) -> Tensor:
-    """Return the orthogonal matrix of signs `[size, size]`, of a power of two (Sylvester 1867)."""
-    matrix = torch.ones(1, 1)
-    while len(matrix) < size:
-        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
-    return matrix * size**-0.5
 
 
 def _round_tokens(

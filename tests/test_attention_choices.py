@@ -5,12 +5,29 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+import small
 import torch
 import torch.nn.functional as F
+from small import normal
 
-from benchmarks.attention_accuracy import CELLS
-from benchmarks.attention_choices import CHOICES, Choice, Ranges, attend, rounded_p, rounded_qk
-from wancompile.quant.stats import HeadStats
+from benchmarks.attention_accuracy import CELLS, RECIPES_AS_CHOICES
+from benchmarks.attention_choices import (
+    CHOICES,
+    Choice,
+    Ranges,
+    Simulated,
+    attend,
+    plain_ranges,
+    range_of,
+    ranges_of,
+    rounded_p,
+    rounded_qk,
+)
+from wancompile import pipeline
+from wancompile.calibrate import Calibration
+from wancompile.ops.hadamard import turned
+from wancompile.passes import QuantizeAttention
+from wancompile.recipe import ATTENTIONS, Recipe
 
 SHAPE = (2, 3, 200, 16)
 FACTOR = 16**-0.5
@@ -27,8 +44,7 @@ def qkv():
 
 
 def ranges(q, k, v):
-    found = [HeadStats(x.amin((0, 2))[None], x.amax((0, 2))[None]) for x in (q, k, v)]
-    return Ranges(*found)
+    return Ranges(*(range_of(one) for one in (q, k, v, turned(q), turned(k))))
 
 
 def exact(q, k, v):
@@ -111,6 +127,33 @@ def test_own_sum_of_fp8_weights():
         rounded, total = rounded_p(weights.clone(), Choice(p=kind))
         torch.testing.assert_close(total, (rounded if by_own else weights).sum(-1, keepdim=True))
         torch.testing.assert_close(rounded * 256, (weights * 256).to(torch.float8_e4m3fn).float())
+
+
+@pytest.mark.parametrize("name", ATTENTIONS)
+def test_the_simulation_of_a_recipe_is_what_the_compiled_attention_computes(name):
+    program = normal(small.attend, **small.WEIGHTS)
+    calibration = Calibration(program)
+    calibration(x=small.X)
+    stats = calibration.stats()
+    ranges = ranges_of(program, stats, plain_ranges(program, [{"x": small.X}]))
+    recipe = Recipe("attention", None, attention=ATTENTIONS[name])
+    compiled = pipeline.run(program, [QuantizeAttention(recipe, stats)])(x=small.X)
+    (simulated,) = Simulated(program, ranges, RECIPES_AS_CHOICES[name])(x=small.X)
+    exact = program(x=small.X)
+    assert pipeline.relative_error(simulated, exact) > 1e-3
+    # A few P are on the other side of a tie; there are five keys.
+    assert pipeline.relative_error(compiled, simulated) < 2e-4
+
+
+def test_plain_ranges_are_those_of_q_and_k():
+    program = normal(small.attend, **small.WEIGHTS)
+    found = plain_ranges(program, [{"x": small.X}, {"x": 2 * small.X}])
+    ((q, k),) = found.values()
+    for one, (weight, bias) in ((q, ("wq", "bq")), (k, ("wk", "bk"))):
+        both = torch.cat([small.X, 2 * small.X])
+        heads = small.heads(F.linear(both, small.WEIGHTS[weight], small.WEIGHTS[bias]))
+        torch.testing.assert_close(one.amax, heads.abs().amax((0, 2)))
+        torch.testing.assert_close(one.middle, (heads.amax((0, 2)) + heads.amin((0, 2))) / 2)
 
 
 def test_a_choice_that_there_is_not():
