@@ -267,6 +267,10 @@ def test_bad_input_is_told_in_a_sentence(
         (("--max-error", "-1"), "max_error"),
         (("--image", "/nowhere.png"), "/nowhere.png cannot be read"),
         (("--image", __file__), "test_cli_compile.py is no picture"),
+        (
+            ("--height", "30"),
+            "WanPipeline cannot be run: `height` and `width` have to be divisible",
+        ),
         (("--checkpoint", "/nowhere/file"), "there is no folder /nowhere for the checkpoint"),
     ],
 )

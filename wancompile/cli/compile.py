@@ -227,6 +227,9 @@ def _pipeline(args: argparse.Namespace, options: Mapping[str, Any]) -> CompiledP
     except KeyboardInterrupt:
         print(_interrupted(args.checkpoint), file=sys.stderr)
         raise
+    except (ValueError, NameError) as error:
+        # What diffusers raises of a size that does not divide, or of a package that is missing.
+        raise InputError(f"{type(pipe).__name__} cannot be run: {error}") from error
     return made
 
 

@@ -46,6 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         code: int | None = args.run(args)
         sys.stdout.flush()
     except WancompileError as error:
+        logging.info("raised here:", exc_info=error)
         print(f"wancompile: {error}", file=sys.stderr)
         return EXIT_ERROR
     except KeyboardInterrupt:
@@ -70,7 +71,12 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {wancompile.__version__}")
-    parser.add_argument("-v", "--verbose", action="store_true", help="say what is being done")
+    parser.add_argument(
+        "-v",
+        "--verbose",
+        action="store_true",
+        help="say what is being done, and where errors arise",
+    )
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for command in _COMMANDS:
         command.add_parser(subparsers)
