@@ -14,13 +14,17 @@ from typing import Any
 
 from tabulate import tabulate
 
-from benchmarks import accuracy_table, h100_figures, h100_table, record
+from benchmarks import accuracy_table, exhaustive, h100_figures, h100_table, record
 
 _CALIBRATION = """\
 `python -m benchmarks.calibration`, {gpu}: {preset}, all layers, {calls} observed forwards, random
 weights in bf16 on the host, {recipe}. Memory of the device is all there is, weights that come and
 go and activations included; that of the host is beyond the weights, and falls as 8 bits take their
 place."""
+_SEARCH = """\
+`python -m benchmarks.exhaustive`: error of the smooth scale that was searched for over that of the
+best of {points} x {points} exponents for every pair of spans, on the tokens that both looked at and
+on held-out ones; means and worst groups."""
 _ARTIFACT = """\
 `python -m benchmarks.artifact`, {gpu}: {preset}, all layers, random weights, {recipe}, one call at
 full size. Times of a second process, which imports everything first; the files lie in the host's
@@ -55,6 +59,7 @@ def document(folder: Path) -> str:
         "# Benchmarks",
         "Written by `python -m benchmarks.document` from the raw results in `benchmarks/results/`.",
         *_quality(folder),
+        *_search(folder),
         *_calibration(folder),
         *_artifact(folder),
         h100_table.document(cells, surroundings),
@@ -74,6 +79,15 @@ def _quality(folder: Path) -> list[str]:
         "float32 from the same noise. Worst is the mean of the worst 5 %."
     )
     return ["## Quality", how, accuracy_table.document([one["results"] for one in found])]
+
+
+def _search(folder: Path) -> list[str]:
+    path = folder / "exhaustive.json"
+    if not path.exists():
+        return []
+    found = _read(path)
+    table = exhaustive.table(found["results"], "github")
+    return ["## Search for smooth scales", _about(_SEARCH, found), table]
 
 
 def _calibration(folder: Path) -> list[str]:

@@ -82,8 +82,8 @@ def _grid(
             yield smooth_scale(x, w, alpha, beta)
 
 
-def table(results: Sequence[Mapping[str, Any]]) -> str:
-    """Return means and worst cases by checkpoint, kind and type."""
+def table(results: Sequence[Mapping[str, Any]], form: str = "simple") -> str:
+    """Return means and worst cases by checkpoint, kind and type, in a format of tabulate."""
     keys = list(dict.fromkeys((r["checkpoint"], r["kind"], r["dtype"]) for r in results))
     rows = []
     for key in keys:
@@ -94,7 +94,7 @@ def table(results: Sequence[Mapping[str, Any]]) -> str:
             cells += [f"{sum(ratios) / len(ratios):.3f}", f"{max(ratios):.3f}"]
         rows.append([*key, len(group), *cells])
     headers = ["checkpoint", "kind", "type", "groups", "search", "worst", "held-out", "worst"]
-    return str(tabulate(rows, headers=headers, disable_numparse=True))
+    return str(tabulate(rows, headers=headers, tablefmt=form, disable_numparse=True))
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -19,5 +19,5 @@ def test_the_document_is_what_the_results_say():
 def test_what_was_not_measured_is_left_out(tmp_path):
     text = document.document(tmp_path)
     assert "## Speed" in text
-    for title in ("## Quality", "## What compiling costs", "## Saved models"):
+    for title in ("## Quality", "## Search", "## What compiling costs", "## Saved models"):
         assert title not in text
