@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,18 +11,22 @@ import torch
 
 from wancompile import hoist, passes, pipeline
 from wancompile.artifact.save import save
-from wancompile.errors import InputError
+from wancompile.errors import ArtifactError, InputError
 from wancompile.gate.again import Inputs, check_again
 from wancompile.gate.check import Check
 from wancompile.gate.evidence import Evidence
 from wancompile.gate.limits import DEFAULT, Limits
+from wancompile.lora.branches import Branches
+from wancompile.lora.model import TakesLoras
+from wancompile.part import PipelinePart
 from wancompile.program import Program
+from wancompile.prompts import PromptCache
 from wancompile.report import Report
 from wancompile.samples import wrap_output
 from wancompile.signature import name_arguments
 
 
-class CompiledModel(torch.nn.Module):
+class CompiledModel(TakesLoras, PipelinePart):
     """Runs a quantized program behind the interface of the model it replaces.
 
     It takes the arguments of the original's forward and returns what that returned, offers
@@ -31,7 +34,8 @@ class CompiledModel(torch.nn.Module):
     between devices with `to`. Weights keep their types: `to(dtype)` is refused, silently rounding
     scales would be worse.
 
-    What depends on the encoder states alone is computed once for each prompt, see `hoist`.
+    What depends on the encoder states alone is computed once for each prompt, see `hoist`. LoRAs
+    come and go with `load_lora`, `set_lora` and `unload_lora`, or are merged with `merge_lora`.
 
     Attributes:
         program: the whole program, at level LOWERED.
@@ -54,13 +58,24 @@ class CompiledModel(torch.nn.Module):
         self.report = report
         self._hoisted = _Hoisted()
         self._loop: hoist.Loop | None = None
+        self._branches = Branches(fused)
+        self.program = fused
         self._lower(_device_of(fused))
         self.eval()
 
     def _lower(self, device: torch.device) -> None:
-        self.program = pipeline.run(self._fused, passes.lowering(device))
-        self.report = self.report.with_program(self.program)
         self._device = device
+        self._base = pipeline.run(self._fused, passes.lowering(device))
+        loras, self._branches = self._branches.loras, Branches(self._fused)
+        self._have(loras)
+
+    def _run(self, program: Program) -> None:
+        if program is self.program and not self._is_away:
+            if self._loop is not None:  # what was kept of prompts is that of other numbers
+                self._loop.cache = PromptCache(self._loop.cache.size)
+            return
+        self.program = program
+        self.report = self.report.with_program(program)
         self._arrange()
 
     def _arrange(self) -> None:
@@ -76,6 +91,8 @@ class CompiledModel(torch.nn.Module):
             moved = hoist.to_host(self._fused, found.weights, self._device)
             self._fused = hoist.holding(self._fused, moved)
             self.program = hoist.holding(self.program, moved)
+            self._base = hoist.holding(self._base, moved)
+            self._branches.hold(moved)
         parts = hoist.split(self.program, found.inputs)
         self._loop = hoist.Loop(parts, wish.prompts, self._device, away=away)
         self.report = replace(
@@ -140,8 +157,11 @@ class CompiledModel(torch.nn.Module):
                 given. Nothing is raised where they are not kept.
 
         Raises:
-            InputError: there is nothing to check on, or a call does not fit.
+            InputError: there is nothing to check on, or a call does not fit; or a LoRA is loaded,
+                of which the calls kept from compiling know nothing.
         """
+        if inputs is None and any(self.loras.values()):
+            raise InputError("the calls kept from compiling know no LoRA: give inputs to check on")
         gate = self.report.gate
         held_to = limits or (gate.check.limits if gate else DEFAULT)
         program = self.program.to(self._device) if self._is_away else self.program
@@ -154,8 +174,12 @@ class CompiledModel(torch.nn.Module):
 
         Raises:
             ArtifactError: something cannot be saved, the disk is full, or `folder` holds files that
-                are no part of an artifact.
+                are no part of an artifact. A LoRA is loaded: it is a file of its own, or merged.
         """
+        if self.loras:
+            raise ArtifactError(
+                f"a LoRA is no part of an artifact: unload {', '.join(self.loras)}, or merge it"
+            )
         save(self._fused, self.report, self.config, self._dtype, folder)
 
     @property
@@ -176,12 +200,6 @@ class CompiledModel(torch.nn.Module):
     def nbytes(self) -> int:
         """Bytes of the stored tensors, those that `hoist` keeps on the host included."""
         return self.program.nbytes
-
-    @contextmanager
-    def cache_context(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """Do nothing: diffusers pipelines name conditional and unconditional calls and steps so."""
-        del args, kwargs
-        yield
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
         """Move to the device that `fn` moves to; see the class for why types stay."""

@@ -52,6 +52,18 @@ def test_a_low_rank_of_zeros_changes_no_bit():
     assert torch.equal(out, ops.scaled_linear(x, xs, w, ws, bias, torch.bfloat16))
 
 
+@pytest.mark.parametrize("dtype", [INT8, FP8])
+def test_one_scale_for_all_tokens_is_that_scale_for_each(dtype):
+    x, xs, *rest = args((70, 48, 32, 16), dtype, torch.float32)
+    down = torch.randn(16, 48)
+    one, each = xs[0], xs[:1].expand_as(xs)
+    assert torch.equal(
+        linear_low_rank_triton(x, one, *rest), linear_low_rank_triton(x, each, *rest)
+    )
+    ours, theirs = (low_rank_down_triton(x, scale, down) for scale in (one, each))
+    assert torch.equal(ours, theirs)
+
+
 def test_leading_dims_and_no_tokens():
     q, xs, w, ws, _, low, up, dtype = args((6, 32, 48, 16), INT8, torch.float32, bias=False)
     cut = q.view(2, 3, 32), xs.view(2, 3, 1), w, ws, None, low.view(2, 3, 16), up, dtype

@@ -24,8 +24,7 @@ def low_rank_down_triton(x: Tensor, x_scale: Tensor, down: Tensor) -> Tensor:
     if out.numel():
         from wancompile.kernels.jit import low_rank
 
-        scales = x_scale.reshape(-1, 1).expand(rows.shape[0], 1).contiguous()
-        low_rank.launch(rows.contiguous(), scales, down.contiguous(), out)
+        low_rank.launch(rows.contiguous(), row_scales(x_scale), down.contiguous(), out)
     return out.view(*x.shape[:-1], down.shape[0])
 
 

@@ -40,7 +40,7 @@ def merge(
     state = dict(program.state)
     for path, factors in adapter.items():
         for place in known[path]:
-            original = _original(originals, place) if reference is not None else None
+            original = _original(originals, place) if reference and place.scale else None
             _add(state, place, factors, scale * factors.scale, original)
     return replace(program, state=state)
 

@@ -18,11 +18,15 @@ def _down(
     rows,
     K: tl.constexpr,
     R: tl.constexpr,
+    EACH: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """One program computes `BLOCK_R` directions of `BLOCK_M` tokens."""
+    """One program computes `BLOCK_R` directions of `BLOCK_M` tokens.
+
+    `EACH` is 1 where each token has a scale, and 0 where all have one.
+    """
     at_row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     at_column = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
     at_depth = tl.arange(0, BLOCK_K)
@@ -42,7 +46,7 @@ def _down(
         )
         # 8-bit numbers are exact in every float of 16 bits, so the tensor cores may multiply those.
         total = tl.dot(token.to(kind), direction.T, total, input_precision="ieee")
-    total *= tl.load(x_scale + at_row, mask=at_row < rows, other=0.0)[:, None]
+    total *= tl.load(x_scale + at_row * EACH, mask=at_row < rows, other=0.0)[:, None]
     inside = (at_row < rows)[:, None] & (at_column < R)[None, :]
     tl.store(out + at_row[:, None] * R + at_column[None, :], total.to(kind), mask=inside)
 
@@ -52,7 +56,7 @@ def launch(x: Tensor, x_scale: Tensor, down: Tensor, out: Tensor) -> None:
 
     Args:
         x: `[M, K]`, int8 or e4m3, contiguous like all others; M > 0.
-        x_scale: M fp32 numbers.
+        x_scale: `[M, 1]` fp32, or `[1]` for all tokens.
         down: `[R, K]`, a float of at most 32 bits.
         out: `[M, R]`, of the dtype of `down`.
     """
@@ -66,6 +70,7 @@ def launch(x: Tensor, x_scale: Tensor, down: Tensor, out: Tensor) -> None:
         rows,
         K=depth,
         R=directions,
+        EACH=0 if x_scale.shape == (1,) else 1,
         BLOCK_M=_TOKENS,
         BLOCK_R=block,
         BLOCK_K=_DEPTH,
