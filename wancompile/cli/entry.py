@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError
 
 import wancompile
-from wancompile.cli import bench, check, compile, demo, inspect, plan
+from wancompile.cli import bench, check, compile, demo, export, inspect, plan
 from wancompile.errors import WancompileError
 
 EXIT_OK, EXIT_ERROR, EXIT_INTERRUPTED = 0, 1, 130
@@ -30,7 +30,7 @@ examples:
 exit codes: 0 done, 1 a check failed or an error explained on stderr,
   2 a wrong command line, 130 interrupted by Ctrl-C
 """
-_COMMANDS = (demo, plan, inspect, compile, check, bench)
+_COMMANDS = (demo, plan, inspect, compile, check, bench, export)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
