@@ -61,11 +61,12 @@ def linears(tokens: int, device: torch.device) -> Iterator[Case]:
 
 def attentions(tokens: int, device: torch.device) -> Iterator[Case]:
     for dtype in (INT8, FP8):
-        q, k, v, *scales, v_scale, factor, to = plain.attention_args(
-            dtype, 2, (tokens, tokens + 3), 128, device
-        )
-        yield plain.ATTENTION, (q, k, v, *scales, v_scale, factor, to)
-        yield plain.ATTENTION, (q, k, v.to(to), *scales, None, factor, to)
+        for per_token in (False, True):
+            q, k, v, *scales, v_scale, factor, to = plain.attention_args(
+                dtype, 2, (tokens, tokens + 3), 128, device, per_token=per_token
+            )
+            yield plain.ATTENTION, (q, k, v, *scales, v_scale, factor, to)
+            yield plain.ATTENTION, (q, k, v.to(to), *scales, None, factor, to)
     heads = torch.randn(3, 1, tokens, 4, 128, device=device, dtype=torch.bfloat16).transpose(2, 3)
     yield fused.SDPA, (*heads, None, 0.0, False, None, False)
 
@@ -88,7 +89,9 @@ def rows(tokens: int, device: torch.device) -> Iterator[Case]:
         yield static.PER_TENSOR, (x, ones, ones[:1], dtype)
         yield plain.PER_HEAD, (x.view(1, tokens, 4, 128).transpose(1, 2), ones[:4], dtype)
         yield fused.GELU, (x, "tanh", ones, dtype)
-        yield fused.ROTATE, (x, None, fused.EPS, angles, angles, None, ones[:4], dtype)
+        rotated = x, None, fused.EPS, angles, angles
+        yield fused.ROTATE, (*rotated, None, ones[:4], True, dtype)
+        yield fused.ROTATE_PER_TOKEN, (*rotated, True, dtype)
 
 
 if __name__ == "__main__":

@@ -11,8 +11,15 @@ from wancompile import presets
 from wancompile.pipeline import relative_error
 
 WEIGHTS = Path(wancompile.demo.__file__).parent / "weights" / "t2v"
-RECIPES = ["int8", "fp8", "int8-attention", "fp8-attention"]
-LIMIT = {"int8": 0.01, "fp8": 0.025, "int8-attention": 0.02, "fp8-attention": 0.05}
+ATTENTION = ["int8-attention", "int8-attention-fast", "fp8-attention"]
+RECIPES = ["int8", "fp8", *ATTENTION]
+LIMIT = {
+    "int8": 0.01,
+    "fp8": 0.025,
+    "int8-attention": 0.01,
+    "int8-attention-fast": 0.015,
+    "fp8-attention": 0.04,
+}
 
 
 def call(
@@ -46,7 +53,7 @@ def test_a_trained_model_computes_what_it_did(cuda, trained, recipe, dtype):
     assert relative_error(out, exact) < LIMIT[recipe]
 
 
-@pytest.mark.parametrize("recipe", ["int8-attention", "fp8-attention"])
+@pytest.mark.parametrize("recipe", ATTENTION)
 @pytest.mark.parametrize("name", ["t2v-1.3b", "i2v-14b", "ti2v-5b"])
 def test_the_gpu_computes_what_the_cpu_does(cuda, recipe, name):
     """At the width of the published models, one block, few tokens."""
@@ -60,7 +67,7 @@ def test_the_gpu_computes_what_the_cpu_does(cuda, recipe, name):
     assert relative_error(out, slow) < 0.03
 
 
-@pytest.mark.parametrize("recipe", ["int8-attention", "fp8-attention"])
+@pytest.mark.parametrize("recipe", ATTENTION)
 def test_no_call_waits_for_the_gpu(cuda, trained, recipe):
     compiled = wancompile.compile(trained, [call(cuda)], recipe=recipe)
     sizes = [{}, {"frames": 3}, {"height": 16, "width": 32}, {"batch": 2}]

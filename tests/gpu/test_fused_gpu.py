@@ -7,6 +7,7 @@ from test_kernels_gpu import fitting, relative_error
 from torch import Tensor
 
 from wancompile import ops
+from wancompile.ops import hadamard
 from wancompile.quant.numerics import FP8, INT8, QMAX
 
 GELU = torch.ops.wancompile.gelu_quantize.default
@@ -14,6 +15,7 @@ NORM = torch.ops.wancompile.norm_quantize.default
 RESIDUAL_NORM = torch.ops.wancompile.residual_norm_quantize.default
 ADD_GATED = torch.ops.wancompile.add_gated.default
 ROTATE = torch.ops.wancompile.norm_rotate_quantize.default
+ROTATE_PER_TOKEN = torch.ops.wancompile.norm_rotate_quantize_per_token.default
 FLOAT_ROTATE = torch.ops.wancompile.norm_rotate.default
 RMS_NORM = torch.ops.aten.rms_norm.default
 SDPA = torch.ops.aten.scaled_dot_product_attention.default
@@ -48,13 +50,17 @@ def stream(*shape: int, device: torch.device) -> Tensor:
     return x.to(torch.bfloat16)
 
 
-def assert_alike(q: Tensor, plain: Tensor) -> None:
+IN_TF32 = 0.03
+"""How many values TF32, which has 10 bits, may move to the other side of a tie."""
+
+
+def assert_alike(q: Tensor, plain: Tensor, few: float = 2e-3) -> None:
     """A value may fall to the other side of a tie, a few do."""
     assert (q.shape, q.dtype, q.is_contiguous()) == (plain.shape, plain.dtype, True)
     step = 1 if q.dtype == INT8 else plain.float().abs() / 8 + 2**-9
     difference = (q.float() - plain.float()).abs()
     assert (difference <= step).all()
-    assert (difference > 0).float().mean() < 2e-3 + 2 / difference.numel()
+    assert (difference > 0).float().mean() < few + 2 / difference.numel()
 
 
 def assert_quantized_alike(ours: tuple, plain: tuple) -> None:
@@ -152,19 +158,95 @@ def projected(shape: tuple[int, ...], interleaved: bool, device: torch.device) -
     return merged[..., channels : 2 * channels], weight, EPS, cos, sin
 
 
+def has_matrix(shape: tuple[int, ...]) -> bool:
+    """Whether the heads of `shape` can be turned."""
+    return shape[3] & (shape[3] - 1) == 0
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shift", [True, False])
 @pytest.mark.parametrize("interleaved", [True, False])
 @pytest.mark.parametrize("shape", ROTATED)
 def test_rotary_kernel_is_the_plain_body(cuda, dtype, shift, interleaved, shape):
+    args = rounded_per_head(shape, interleaved, shift, False, dtype, cuda)
+    assert_alike(fitting(ROTATE, cuda, args)[0].impl(*args), ops.norm_rotate_quantize(*args))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shift", [True, False])
+@pytest.mark.parametrize("shape", filter(has_matrix, ROTATED))
+def test_turned_rotary_kernel_is_the_plain_body_but_for_tf32(cuda, dtype, shift, shape):
+    args = rounded_per_head(shape, True, shift, True, dtype, cuda)
+    out, plain = fitting(ROTATE, cuda, args)[0].impl(*args), ops.norm_rotate_quantize(*args)
+    assert_alike(out, plain, few=IN_TF32)
+    part = slice(0, 300)
+    x, weight, _, cos, sin, moved, scale, *_ = args
+    rotated = float64_heads(x[:, part], weight, cos[part], sin[part])
+    length = rotated.norm(dim=-1, keepdim=True)
+    exact = hadamard.turned(rotated)
+    exact = exact if moved is None else exact - moved[:, None]
+    step = scale.double()[:, None, None]
+    top = QMAX[dtype] * step
+    half = half_step(exact, step, dtype)
+    # Of each of the values that are summed TF32 drops less than 2**-10, and sqrt(D) of them have
+    # the length of the head.
+    off = (out[:, :, part].double() * step - exact.clamp(-top, top)).abs()
+    assert (off <= half * 1.001 + 2.0**-10 * length + 1e-4 * step).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("turned", [True, False])
+@pytest.mark.parametrize("interleaved", [True, False])
+@pytest.mark.parametrize("shape", ROTATED)
+def test_rotary_kernel_finds_the_scales_of_the_plain_body(cuda, dtype, turned, interleaved, shape):
+    args = *projected(shape, interleaved, cuda), turned and has_matrix(shape), dtype
+    out, scale = fitting(ROTATE_PER_TOKEN, cuda, args)[0].impl(*args)
+    plain, plain_scale = ops.norm_rotate_quantize_per_token(*args)
+    assert out.is_contiguous()
+    assert scale.is_contiguous()
+    torch.testing.assert_close(scale, plain_scale, rtol=2e-3 if args[5] else 1e-5, atol=0)
+    assert_alike(out, plain, few=IN_TF32)
+    part = slice(max(0, shape[1] - 300), None)  # the last tokens
+    x, weight, _, cos, sin, *_ = args
+    rotated = float64_heads(x[:, part], weight, cos[part], sin[part])
+    exact = hadamard.turned(rotated) if args[5] else rotated
+    step = scale[:, :, part].double()
+    off = (out[:, :, part].double() * step - exact).abs()
+    slack = 2.0**-10 * rotated.norm(dim=-1, keepdim=True) * args[5] + 1e-4 * step
+    assert (off <= half_step(exact, step, dtype) * 1.001 + slack).all()
+
+
+def rounded_per_head(
+    shape: tuple[int, ...],
+    interleaved: bool,
+    shift: bool,
+    turned: bool,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> tuple:
+    """Arguments of `norm_rotate_quantize`."""
     _, _, heads, size = shape
-    args = (
-        *projected(shape, interleaved, cuda),
-        torch.randn(heads, size, device=cuda) if shift else None,
-        (torch.rand(heads, device=cuda) + 0.5) * 4 / QMAX[dtype],
+    return (
+        *projected(shape, interleaved, device),
+        torch.randn(heads, size, device=device) if shift else None,
+        (torch.rand(heads, device=device) + 0.5) * 4 / QMAX[dtype],
+        turned,
         dtype,
     )
-    assert_alike(fitting(ROTATE, cuda, args)[0].impl(*args), ops.norm_rotate_quantize(*args))
+
+
+def float64_heads(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Normed pairs times complex numbers of length 1, `[B, H, S, D]`."""
+    normed = F.rms_norm(x.double(), weight.shape, weight.double(), EPS)
+    half = cos.shape[1]
+    pairs = torch.view_as_complex(normed.view(*x.shape[:2], -1, half, 2))
+    turns = torch.complex(cos.double(), sin.double())[:, None]
+    return torch.view_as_real(pairs * turns).flatten(-2).transpose(1, 2)
+
+
+def half_step(exact: Tensor, step: Tensor, dtype: torch.dtype) -> Tensor:
+    """The most that rounding to the nearest may be off."""
+    return step / 2 if dtype == INT8 else torch.maximum(exact.abs() / 16, step / 1024)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
@@ -226,7 +308,7 @@ def test_cudnn_attention_is_near_float64(cuda, keys, queries):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_kernels_never_wait_for_the_gpu_and_compile_once_for_all_lengths(cuda, dtype):
     pytest.importorskip("triton")
-    from wancompile.kernels.jit import activation, norm, rotary
+    from wancompile.kernels.jit import activation, norm, rotary, rotary_quantize
 
     def run(tokens: int) -> None:
         shape = 1, tokens, 512
@@ -238,12 +320,14 @@ def test_kernels_never_wait_for_the_gpu_and_compile_once_for_all_lengths(cuda, d
         kernels.residual_norm_quantize_triton(x, x, x, ones, *none, EPS, ones, dtype)
         kernels.add_gated_triton(x, x, x, ones, None)
         kernels.gelu_quantize_triton(x, "tanh", ones, dtype)
-        kernels.norm_rotate_quantize_triton(x, None, EPS, angles, angles, None, ones[:4], dtype)
+        given = x, None, EPS, angles, angles
+        kernels.norm_rotate_quantize_triton(*given, None, ones[:4], True, dtype)
+        kernels.norm_rotate_quantize_per_token_triton(*given, True, dtype)
         kernels.norm_rotate_triton(x, None, EPS, angles, angles, x.dtype)
         kernels.rms_norm_triton(x, [512], None, EPS)
 
-    compiled = norm._norm_quantize, norm._add_gated, norm._rms_norm, rotary._norm_rotate_quantize
-    compiled = *compiled, activation._gelu_quantize, rotary._norm_rotate
+    compiled = norm._norm_quantize, norm._add_gated, norm._rms_norm, activation._gelu_quantize
+    compiled = *compiled, rotary._norm_rotate, rotary_quantize._per_head, rotary_quantize._per_token
     run(128)
     counts = [len(one.device_caches[cuda.index][0]) for one in compiled]
     torch.cuda.synchronize()

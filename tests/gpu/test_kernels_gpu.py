@@ -7,7 +7,7 @@ from torch import Tensor
 from wancompile import ops
 from wancompile.kernels import KERNELS, Kernel, choose
 from wancompile.kernels.torch_attention import ATTENTION_DEQUANTIZE_SDPA
-from wancompile.ops import linear
+from wancompile.ops import hadamard, linear
 from wancompile.quant.numerics import FP8, INT8, QMAX, absmax_scale
 
 LINEAR = torch.ops.wancompile.scaled_linear.default
@@ -92,31 +92,66 @@ def test_plain_int8_product_is_exact_on_the_gpu(cuda, shape, tf32, monkeypatch):
 
 
 def attention_args(
-    dtype: torch.dtype, batch: int, tokens: tuple[int, int], head_size: int, device: torch.device
+    dtype: torch.dtype,
+    batch: int,
+    tokens: tuple[int, int],
+    head_size: int,
+    device: torch.device,
+    *,
+    heads: int = 4,
+    per_token: bool = False,
 ) -> tuple:
-    q, k, v = (torch.randn(batch, 4, s, head_size, device=device) for s in (*tokens, tokens[1]))
+    """Arguments of `scaled_attention`, with a channel ten times as wide; v in e4m3.
+
+    If `per_token`, queries differ in size up to twenty times, and each has its own scale.
+    """
+    sizes = (*tokens, tokens[1])
+    q, k, v = (torch.randn(batch, heads, s, head_size, device=device) for s in sizes)
     k[..., 5] *= 10
     types = dtype, dtype, FP8
+    if per_token:
+        q *= torch.exp(-3 * torch.rand(*q.shape[:3], 1, device=device))
     scales = [
         absmax_scale(t, (0, 2, 3), d).flatten() for t, d in zip((q, k, v), types, strict=True)
     ]
     data = [
         ops.quantize_per_head(t, s, d) for t, s, d in zip((q, k, v), scales, types, strict=True)
     ]
+    if per_token:
+        data[0], scales[0] = ops.quantize_per_token(q, None, dtype)
     return *data, *scales, head_size**-0.5, torch.bfloat16
+
+
+def dequantized(args: tuple) -> list[Tensor]:
+    """q, k and v in float64; v as it is where it has no scale."""
+    found = []
+    for value, scale in zip(args[:3], args[3:6], strict=True):
+        wide = value.double()
+        if scale is not None:
+            wide *= scale.double() if scale.dim() == 4 else scale.double()[:, None, None]
+        found.append(wide)
+    return found
+
+
+ATTENDED = [  # batch, queries and keys
+    (1, (1, 77)),
+    (2, (128, 512)),
+    (2, (700, 513)),
+    (1, (127, 1)),
+    (1, (300, 32760)),
+    (1, (127, 75600)),
+]
 
 
 @pytest.mark.parametrize("dtype", [INT8, FP8])
 @pytest.mark.parametrize("head_size", [64, 128])
-@pytest.mark.parametrize(
-    ("batch", "tokens"),
-    [(1, (1, 77)), (2, (128, 512)), (2, (700, 513)), (1, (127, 1)), (1, (300, 32760))],
-)
-def test_attention_is_near_the_plain_body_and_float64(cuda, dtype, head_size, batch, tokens):
-    args = attention_args(dtype, batch, tokens, head_size, cuda)
-    qf, kf, vf = (
-        t.double() * s.double()[:, None, None] for t, s in zip(args[:3], args[3:6], strict=True)
-    )
+@pytest.mark.parametrize("per_token", [False, True])
+@pytest.mark.parametrize(("batch", "tokens"), ATTENDED)
+def test_attention_is_near_the_plain_body_and_float64(
+    cuda, dtype, head_size, batch, tokens, per_token
+):
+    args = attention_args(dtype, batch, tokens, head_size, cuda, per_token=per_token)
+    qf, kf, vf = dequantized(args)
     exact = torch.softmax(qf @ kf.transpose(-1, -2) * head_size**-0.5, -1) @ vf
     plain = ops.scaled_attention(*args)
     assert relative_error(plain, exact) < 0.05
@@ -129,16 +164,33 @@ def test_attention_is_near_the_plain_body_and_float64(cuda, dtype, head_size, ba
         assert relative_error(out, plain) < 0.06, kernel.name
 
 
+@pytest.mark.parametrize("heads", [12, 24, 40])
+@pytest.mark.parametrize("values", [FP8, torch.bfloat16])
+@pytest.mark.parametrize("tokens", [1, 127, 600])
+def test_a_scale_for_each_query_is_read_beside_it(cuda, heads, values, tokens):
+    """In the middle of a large head and at its end, of every head, in both videos."""
+    args = attention_args(INT8, 2, (tokens, 333), 128, cuda, heads=heads, per_token=True)
+    if values != FP8:
+        v = torch.randn(args[2].shape, device=cuda, dtype=values)
+        args = *args[:2], v, *args[3:5], None, *args[6:]
+    qf, kf, vf = dequantized(args)
+    exact = torch.softmax(qf @ kf.transpose(-1, -2) * args[6], -1) @ vf
+    for kernel in fitting(ATTENTION, cuda, args):
+        error = (kernel.impl(*args).double() - exact).norm(dim=-1) / exact.norm(dim=-1)
+        assert error.amax() < (0.1 if values == FP8 else 0.03), kernel.name
+
+
 @pytest.mark.parametrize("dtype", [INT8, FP8])
 @pytest.mark.parametrize("head_size", [64, 128])
-@pytest.mark.parametrize(
-    ("batch", "tokens"),
-    [(1, (1, 77)), (2, (128, 512)), (2, (700, 513)), (1, (127, 1)), (1, (300, 32760))],
-)
-def test_attention_with_values_in_bf16_is_near_float64(cuda, dtype, head_size, batch, tokens):
-    q, k, _, *scales, _, factor, _ = attention_args(dtype, batch, tokens, head_size, cuda)
+@pytest.mark.parametrize("per_token", [False, True])
+@pytest.mark.parametrize(("batch", "tokens"), ATTENDED)
+def test_attention_with_values_in_bf16_is_near_float64(
+    cuda, dtype, head_size, batch, tokens, per_token
+):
+    given = attention_args(dtype, batch, tokens, head_size, cuda, per_token=per_token)
+    q, k, _, *scales, _, factor, _ = given
     merged = torch.randn(batch, tokens[1], 3, 4, head_size, device=cuda, dtype=torch.bfloat16)
-    qf, kf = (t.double() * s.double()[:, None, None] for t, s in zip((q, k), scales, strict=True))
+    qf, kf, _ = dequantized(given)
     p = torch.softmax(qf @ kf.transpose(-1, -2) * factor, -1)
     # Read in place, and where no bulk copy could read it.
     for v in (merged[:, :, 1].transpose(1, 2), merged[:, :, 1].transpose(1, 2).flip(-1).flip(-1)):
@@ -289,7 +341,9 @@ def test_observer_agrees_with_the_cpu_and_never_waits(cuda):
         ops.observe_channels(x, *ours, label, 3)
         low = torch.full((2, 4, 24), torch.inf, device=cuda)
         high = torch.full((2, 4, 24), -torch.inf, device=cuda)
-        ops.observe_heads(x.view(1, 4, 100, 24), low, high, label)
+        ops.observe_heads(x.view(1, 4, 100, 24), low, high, label, False)
+        turned = [torch.full((2, 12, 8), sign * torch.inf, device=cuda) for sign in (1, -1)]
+        ops.observe_heads(x.view(1, 12, 100, 8), *turned, label, True)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     ops.observe_channels(x.cpu(), *theirs, label.cpu(), 3)
@@ -297,3 +351,6 @@ def test_observer_agrees_with_the_cpu_and_never_waits(cuda):
         assert torch.equal(got.cpu(), expected)
     assert torch.equal(high[1], x.view(4, 100, 24).amax(1).float())
     assert torch.equal(low[1], x.view(4, 100, 24).amin(1).float())
+    exact = hadamard.turned(x.view(12, 100, 8).double())
+    for found, wanted in zip(turned, (exact.amin(1), exact.amax(1)), strict=True):
+        torch.testing.assert_close(found[1].double(), wanted, rtol=1e-5, atol=1e-3)
