@@ -82,7 +82,8 @@ class AddLowRank:
 
     def apply(self, draft: Draft) -> None:
         """Look at every linear whose weight is stored."""
-        slots = {slot.weight: slot for slot in self.slots}
+        fresh = [slot for slot in self.slots if slot.down not in draft.state]
+        slots = {slot.weight: slot for slot in fresh}
         for node in match.nodes_of(draft.graph, *LINEARS):
             slot = slots.get(str(weight_of(node).target))
             if slot is None or not match.is_constant(weight_of(node)):
