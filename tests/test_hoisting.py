@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import zoo
+from diffusers import UniPCMultistepScheduler, WanPipeline
 from small import fused, plain, quantized
 from traced import dynamic
 
@@ -30,9 +31,10 @@ CASES = {
 def compiled(variant):
     """Return a model as `compile` makes it, without statistics, and a call of it."""
     recipe, _ = CASES[variant]
-    _, kwargs, _, program = dynamic(variant)
+    original, kwargs, _, program = dynamic(variant)
     report = Report(recipe, (), (), (), program.nbytes, 0)
-    return CompiledModel(fused(quantized(program, recipe)), report, None, torch.float32), kwargs
+    rewritten = fused(quantized(program, recipe))
+    return CompiledModel(rewritten, report, original.config, torch.float32), kwargs
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +82,28 @@ def test_8_bit_attention_computes_the_same_bits():
     assert made._loop.cache.hits == 1
     assert torch.equal(first, whole(made, kwargs))
     assert torch.equal(second, first)
+
+
+def test_a_pipeline_computes_each_prompt_once():
+    model, _ = compiled("t2v")
+    draw = torch.Generator().manual_seed(0)
+    scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)
+    pipe = WanPipeline(
+        tokenizer=None, text_encoder=None, vae=None, scheduler=scheduler, transformer=model
+    )
+    pipe.set_progress_bar_config(disable=True)
+    frames = pipe(
+        prompt_embeds=torch.randn(1, 512, 40, generator=draw),
+        negative_prompt_embeds=torch.zeros(1, 512, 40),
+        latents=torch.randn(1, 16, 1, 4, 6, generator=draw),
+        num_frames=1,
+        height=32,
+        width=48,
+        num_inference_steps=4,
+        output_type="latent",
+    ).frames
+    assert torch.isfinite(frames).all()
+    assert (model._loop.cache.hits, model._loop.cache.misses) == (2 * 3, 2)
 
 
 def test_a_prompt_that_is_written_to_is_computed_anew(model, i2v):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -126,6 +127,7 @@ class CompiledModel(TakesLoras, PipelinePart):
         self._hoisted = _Hoisted(prompts, None if inputs is None else tuple(inputs), offload)
         self._fused = self._fused.to(self._device)
         self._lower(self._device)
+        gc.collect()  # what ran until now is tied in cycles, and holds weights that may have moved
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the program; arguments and result are those of the original model."""
