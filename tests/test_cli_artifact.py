@@ -168,6 +168,30 @@ def test_bad_options(
     assert "Traceback" not in err
 
 
+@pytest.mark.parametrize(
+    ("argv", "code", "message"),
+    [
+        (("--prompts", "x"), 2, "--prompts are for the pipeline that --against names"),
+        (("--steps", "3"), 2, "--steps goes with --prompts"),
+        (("--against", "x", "--prompts", "y", "--size", "480p"), 2, "with --prompts the size is"),
+        (
+            ("--against", "ORIGINAL", "--prompts", "nowhere"),
+            1,
+            "the prompts nowhere cannot be read",
+        ),
+        (("--against", "ORIGINAL", "--prompts", __file__), 1, "--prompts need a whole pipeline"),
+    ],
+)
+def test_prompts_need_a_pipeline(
+    work: Path, argv: tuple[str, ...], code: int, message: str
+) -> None:
+    given = [str(work / "original") if word == "ORIGINAL" else word for word in argv]
+    found, _, err = call("check", work / "one", *given)
+    assert found == code
+    assert message in err
+    assert "Traceback" not in err
+
+
 def test_an_original_of_another_shape_is_refused(work: Path, tmp_path: Path) -> None:
     shutil.copytree(work / "original", tmp_path / "original")
     path = tmp_path / "original" / "config.json"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pipes
+import re
 import resource
 import shutil
 import subprocess
@@ -83,6 +84,18 @@ def test_it_runs_in_the_pipeline_it_was_made_from(made: CompiledPipeline) -> Non
     actual = pipes.run(pipe, pipes.arguments("t2v22"))
     assert not torch.equal(actual, expected)
     assert (actual - expected).norm() < 0.05 * expected.norm()
+
+
+def test_check_runs_the_pipeline_for_calls_of_its_own(work: Path, tmp_path: Path) -> None:
+    words = write_prompts(tmp_path / "words", pipes.PROMPTS[2])
+    argv = ("check", work / "out", "--against", work / "pipe", "--prompts", words)
+    code, out, err = call(*argv, "--steps", "4", *SIZE)
+    assert (code, err) == (0, "loading the pipeline\n")
+    shapes = "hidden_states 1x16x2x4x4, timestep 1, encoder_hidden_states 1x512x40"
+    for name in ("transformer", "transformer_2"):
+        assert re.search(rf"forward: [24] calls of {name} in the pipeline, {shapes}: all", out)
+    errors = re.findall(r"output +output of call \d +([\d.]+) %", out)
+    assert [0.05 < float(one) < 5 for one in errors] == [True, True]
 
 
 def test_a_transformer_alone_takes_statistics_of_a_calibration(work: Path, tmp_path: Path) -> None:

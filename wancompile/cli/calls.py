@@ -88,8 +88,9 @@ def random_call(model: CompiledModel, seed: int, asked: Size | None = None) -> d
 
 
 def describe(call: Mapping[str, Any]) -> str:
-    """Return the names and shapes of a call in one line."""
-    return ", ".join(f"{name} {size_text(one.shape)}" for name, one in call.items())
+    """Return the names and shapes of a call's tensors in one line."""
+    tensors = {name: one for name, one in call.items() if isinstance(one, Tensor)}
+    return ", ".join(f"{name} {size_text(one.shape)}" for name, one in tensors.items())
 
 
 def _drawn(shape: tuple[int, ...], is_open: bool, generator: torch.Generator) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 import wancompile
 from wancompile import presets
 from wancompile.artifact.folder import check_replaceable
-from wancompile.cli import artifact, calls, prompts, source, target
+from wancompile.cli import artifact, calls, play, prompts, source, target
 from wancompile.compiled import CompiledModel
 from wancompile.errors import InputError
 from wancompile.experts.compiled import CompiledPipeline
@@ -45,7 +45,7 @@ _DTYPES = ("bfloat16", "float16", "float32")
 _SMALL = (2, 8, 8)
 
 # Options that only a pipeline, or only a transformer, has a use for.
-_OF_PIPELINES = ("prompts", "image", "steps", "frames", "height", "width", "checkpoint")
+_OF_PIPELINES = (*play.OPTIONS, "checkpoint")
 _OF_TRANSFORMERS = ("stats", "size")
 
 
@@ -111,18 +111,7 @@ def _add_wishes(parser: argparse.ArgumentParser) -> None:
 
 def _add_of_pipelines(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("calibration of a pipeline")
-    group.add_argument("--prompts", type=Path, metavar="FILE", help="prompts, one a line")
-    group.add_argument("--image", type=Path, metavar="FILE", help="where videos begin")
-    group.add_argument(
-        "--steps", type=target.positive, metavar="N", help="of each video (default: 8)"
-    )
-    for name in ("frames", "height", "width"):
-        group.add_argument(
-            f"--{name}",
-            type=target.positive,
-            metavar="N",
-            help=f"{name} of the videos (default: the pipeline's)",
-        )
+    play.add_arguments(group)
     group.add_argument(
         "--checkpoint",
         type=Path,
@@ -207,14 +196,7 @@ def _transformer(args: argparse.Namespace, options: Mapping[str, Any]) -> Compil
 
 
 def _pipeline(args: argparse.Namespace, options: Mapping[str, Any]) -> CompiledPipeline:
-    given = {
-        "num_inference_steps": args.steps or 8,
-        "num_frames": args.frames,
-        "height": args.height,
-        "width": args.width,
-        "image": None if args.image is None else source.read_image(args.image),
-    }
-    given = {name: value for name, value in given.items() if value is not None}
+    given = play.given(args)
     words = prompts.read(args.prompts)
     print(f"loading {args.folder}", file=sys.stderr)
     pipe = source.open_pipeline(args.folder, getattr(torch, args.dtype))
@@ -228,8 +210,7 @@ def _pipeline(args: argparse.Namespace, options: Mapping[str, Any]) -> CompiledP
         print(_interrupted(args.checkpoint), file=sys.stderr)
         raise
     except (ValueError, NameError) as error:
-        # What diffusers raises of a size that does not divide, or of a package that is missing.
-        raise InputError(f"{type(pipe).__name__} cannot be run: {error}") from error
+        raise source.not_run(pipe, error) from error
     return made
 
 

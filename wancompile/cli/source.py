@@ -98,6 +98,11 @@ def arguments(pipe: Any, prompts: Sequence[str], given: Mapping[str, Any]) -> li
     return [{"prompt": prompt, **given} for prompt in prompts]
 
 
+def not_run(pipe: Any, error: Exception) -> InputError:
+    """Return the error for what diffusers refuses: a size that does not divide, say."""
+    return InputError(f"{type(pipe).__name__} cannot be run: {error}")
+
+
 def read_image(path: Path) -> Any:
     """Return a picture in RGB; raise `InputError` where there is none."""
     from PIL import Image, UnidentifiedImageError
