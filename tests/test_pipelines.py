@@ -261,6 +261,12 @@ def test_data_that_fits_no_pipeline_is_refused(data, kind, reason):
     before.check()
 
 
+def test_what_is_neither_model_nor_pipeline_is_refused():
+    for work in (wancompile.compile, wancompile.calibrate):
+        with pytest.raises(InputError, match="a str is neither a model nor a pipeline"):
+            work("t2v", [{}])
+
+
 def test_statistics_and_examples_are_given_by_expert():
     pipe = original("t2v22")
     with pytest.raises(InputError, match="statistics of a pipeline are a dict with one entry for"):

@@ -10,6 +10,7 @@ import torch
 
 from wancompile.build import Options, build, prepare
 from wancompile.compiled import CompiledModel
+from wancompile.errors import InputError
 from wancompile.experts.compiled import CompiledPipeline
 from wancompile.experts.make import calibrate_pipeline, compile_pipeline
 from wancompile.experts.pipe import Pipeline, is_pipeline
@@ -116,10 +117,10 @@ def calibrate(
         return calibrate_pipeline(
             model, calib_data, where, path, total=total, progress=progress, **observed
         )
-    model = cast(torch.nn.Module, model)
-    need_weights(model)
-    started = Started(model, where, path, None, gated=False, live=callable(calib_data), **observed)
-    run(started, model, calib_data, total=total, progress=progress)
+    module, live = _module(model), callable(calib_data)
+    need_weights(module)
+    started = Started(module, where, path, None, gated=False, live=live, **observed)
+    run(started, module, calib_data, total=total, progress=progress)
     return started.stats()
 
 
@@ -232,6 +233,14 @@ def compile(
         return compile_pipeline(
             model, calib_data, cast(Any, stats), cast(Any, example_inputs), options
         )
-    model = cast(torch.nn.Module, model)
-    prepared = prepare(model, calib_data, cast(Stats | None, stats), example_inputs, options)
-    return build(model, prepared, options)
+    module = _module(model)
+    prepared = prepare(module, calib_data, cast(Stats | None, stats), example_inputs, options)
+    return build(module, prepared, options)
+
+
+def _module(model: object) -> torch.nn.Module:
+    if not isinstance(model, torch.nn.Module):
+        raise InputError(
+            f"a {type(model).__name__} is neither a model nor a pipeline, which has components"
+        )
+    return model
