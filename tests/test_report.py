@@ -76,8 +76,30 @@ def test_a_report_prints_roles_and_passes(report):
     assert row[-1] == row[-3] == "%"
     out = next(line for line in text.splitlines() if line.startswith("attn_out_proj")).split()
     assert out[-2:] == ["-", "-"]
-    passes = [line.split()[0] for line in text.split("\n\n")[-1].splitlines()[2:]]
-    assert passes == [record.name for record in report.records]
+    assert column(text, "pass") == [record.name for record in report.records]
+
+
+def column(text, header):
+    """The first word of each row of the table whose first header is this."""
+    (table,) = [one for one in text.split("\n\n") if one.startswith(f"{header} ")]
+    return [line.split()[0] for line in table.splitlines()[2:]]
+
+
+def test_a_report_prints_what_is_stored_and_what_was_skipped(report, programs):
+    _, after = programs
+    text = str(report)
+    assert column(text, "stored") == [one.dtype for one in report.stored]
+    assert column(text, "skipped") == [one.pass_name for one in report.skips]
+    assert "the recipe leaves this group in floating point" in text
+    sizes = {one.dtype: one.nbytes for one in report.stored}
+    assert sizes["int8"] == sum(t.nbytes for t in after.state.values() if t.dtype == torch.int8)
+    assert sum(sizes.values()) == report.bytes_after
+
+
+def test_skips_are_all_that_was_skipped_reason_by_reason(report):
+    found = [(one.pass_name, note.site, one.reason) for one in report.skips for note in one.notes]
+    assert sorted(found) == sorted(report.skipped)
+    assert len({(one.pass_name, one.reason) for one in report.skips}) == len(report.skips)
 
 
 def test_a_report_follows_its_program(report, programs):
@@ -110,3 +132,7 @@ def test_compile_reports():
     assert compiled.report.bytes_before == 4 * sum(p.numel() for p in model.parameters())
     assert compiled.report.bytes_after == compiled.nbytes
     assert compiled.report.records[-1].name == "lower"
+    # Nothing was calibrated, and the time of the one attention is known from its shape.
+    assert compiled.report.stability is None
+    assert compiled.report.predicted is not None
+    assert "predicted" in str(compiled.report)

@@ -13,14 +13,19 @@ import torch
 from wancompile import passes, pipeline
 from wancompile.auto import choose_recipe
 from wancompile.compiled import CompiledModel
+from wancompile.cost import Costs, costs
 from wancompile.errors import CalibrationError, InputError
 from wancompile.gate.limits import Limits
 from wancompile.gate.rounds import Rounds
+from wancompile.ir import match
+from wancompile.program import Program
+from wancompile.quant.stability import Stability
 from wancompile.quant.stats import Stats
 from wancompile.recipe import Auto, Recipe
 from wancompile.report import Report
 from wancompile.samples import CalibData
 from wancompile.start import Prepared, Started, from_example, need_weights, run
+from wancompile.times import predict
 
 
 @dataclass(frozen=True)
@@ -104,7 +109,7 @@ def build(model: torch.nn.Module, prepared: Prepared, options: Options) -> Compi
         chosen = choice.recipe
     chosen.check(program.groups, program.attentions)
     gc.collect()  # the observed program is tied in cycles, and as large as the statistics
-    bytes_before = program.nbytes
+    bytes_before, times = program.nbytes, _costs(program)
     probe = pipeline.Probe(prepared.call, where)
     rounds = Rounds(chosen, stats, options.limits, evidence, probe, where, options.dump)
     smoothed = rounds.smooth(program)
@@ -115,9 +120,39 @@ def build(model: torch.nn.Module, prepared: Prepared, options: Options) -> Compi
     quantized = rounds.quantize(program, smoothed, consume=options.consume)
     fused = pipeline.run(quantized, passes.FUSE, dump=options.dump, consume=True)
     gate = rounds.finish(fused)
-    report = Report(rounds.recipe, (), (), (), bytes_before, 0, choice, gate).with_program(fused)
+    report = Report(
+        rounds.recipe,
+        (),
+        (),
+        (),
+        bytes_before,
+        0,
+        choice,
+        gate,
+        stability=_stability(stats),
+        predicted=None if times is None else predict(times, rounds.recipe, program.groups),
+    ).with_program(fused)
     config = getattr(model, "config", None)
     return CompiledModel(fused, report, config, _dtype_of(model), evidence)
+
+
+def _costs(program: Program) -> Costs | None:
+    """Return what the sites of a NORMAL program cost, None where nothing like it was measured."""
+    attentions = [node for node in program.graph.nodes if match.is_attention(node)]
+    if any(match.rank(node) != 4 for node in attentions):
+        return None
+    try:
+        return costs(program)
+    except InputError:
+        return None
+
+
+def _stability(stats: Stats | None) -> Stability | None:
+    """Return how far scales moved between halves of the calibration; None where it had none."""
+    try:
+        return None if stats is None else stats.stability()
+    except CalibrationError:
+        return None
 
 
 def _dtype_of(model: torch.nn.Module) -> torch.dtype:

@@ -6,15 +6,21 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from tabulate import tabulate
 
 from wancompile.artifact import facts
 from wancompile.auto import Choice
 from wancompile.gate.rounds import Gate
 from wancompile.hoist import Hoisting
+from wancompile.ir import match
+from wancompile.ir.edit import Note
 from wancompile.ir.site import Group, Role, Ungrouped
 from wancompile.program import PassRecord, Program
+from wancompile.quant.stability import Stability
 from wancompile.recipe import Recipe
+from wancompile.times import Predicted
+from wancompile.units import nbytes
 
 
 @dataclass(frozen=True)
@@ -31,13 +37,34 @@ class RoleSummary:
 
 
 @dataclass(frozen=True)
+class Stored:
+    """The stored tensors of one type: how many there are, and their bytes."""
+
+    dtype: str
+    tensors: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Skip:
+    """What one pass left as it was for one reason, with the sites and source lines."""
+
+    pass_name: str
+    reason: str
+    notes: tuple[Note, ...]
+
+
+@dataclass(frozen=True)
 class Report:
     """What was rewritten, what was skipped and why, errors per site.
 
     `bytes_before` and `bytes_after` count all stored tensors of the float and the compiled program.
     `choice` says how the recipe was chosen, where a budget was given instead of one. `gate` says
     how near the original the program is, and what fell back for that; None where nothing was
-    measured. `hoisting` says what is computed once for each prompt, None if nothing is.
+    measured. `hoisting` says what is computed once for each prompt, None if nothing is. `stored`
+    are the tensors of the compiled program by type, most bytes first. `stability` says how far
+    scales moved between halves of the calibration calls, None without such. `predicted` is the
+    time of the blocks by measured rates, None where no rates fit the model.
     """
 
     recipe: Recipe
@@ -49,6 +76,9 @@ class Report:
     choice: Choice | None = None
     gate: Gate | None = None
     hoisting: Hoisting | None = None
+    stored: tuple[Stored, ...] = ()
+    stability: Stability | None = None
+    predicted: Predicted | None = None
 
     @property
     def errors(self) -> Mapping[str, float]:
@@ -63,6 +93,15 @@ class Report:
             for record in self.records
             for note in record.skipped
         )
+
+    @property
+    def skips(self) -> tuple[Skip, ...]:
+        """What was skipped, one entry for each pass and reason, in the order of the passes."""
+        found: dict[tuple[str, str], list[Note]] = {}
+        for record in self.records:
+            for note in record.skipped:
+                found.setdefault((record.name, note.text), []).append(note)
+        return tuple(Skip(name, reason, tuple(notes)) for (name, reason), notes in found.items())
 
     @property
     def roles(self) -> tuple[RoleSummary, ...]:
@@ -91,23 +130,48 @@ class Report:
             ungrouped=program.ungrouped,
             records=program.records,
             bytes_after=program.nbytes,
+            stored=stored_in(program.state),
         )
 
     def __str__(self) -> str:
         ratio = self.bytes_after / max(1, self.bytes_before)
         sizes = f"{self.bytes_before / 1e6:.1f} MB -> {self.bytes_after / 1e6:.1f} MB ({ratio:.2f})"
+        passes = ["pass", "done", "skipped", "nodes", "ms", "output moved"]
         parts = [
             f"recipe {self.recipe.name}, weights {sizes}",
             role_table(self.roles),
-            tabulate(_pass_rows(self.records), headers=["pass", "done", "skipped", "nodes", "ms"]),
+            _table(_stored_rows(self.stored), ["stored as", "tensors", "bytes"]),
+            _table(_pass_rows(self.records), passes),
+            _table(_skip_rows(self.skips), ["skipped by", "times", "reason", "such as"]),
+            _table(_ungrouped_rows(self.ungrouped), ["in no group", "reason", "such as"]),
         ]
-        if self.hoisting is not None:
-            parts.append(str(self.hoisting))
-        if self.choice is not None:
-            parts.append(str(self.choice))
-        if self.gate is not None:
-            parts.append(str(self.gate))
-        return "\n\n".join(parts)
+        if self.predicted is not None:
+            parts.append(predicted_table(self.predicted))
+        more = (self.hoisting, self.stability, self.choice, self.gate)
+        return "\n\n".join([*filter(None, parts), *(str(one) for one in more if one is not None)])
+
+
+def stored_in(state: Mapping[str, torch.Tensor]) -> tuple[Stored, ...]:
+    """Return what `state` holds of each type, most bytes first."""
+    kinds: dict[str, list[int]] = {}
+    for tensor in state.values():
+        dtype = match.dtype_name(tensor.dtype).removeprefix("torch.")
+        kinds.setdefault(dtype, []).append(tensor.nbytes)
+    found = [Stored(dtype, len(sizes), sum(sizes)) for dtype, sizes in kinds.items()]
+    return tuple(sorted(found, key=lambda one: -one.nbytes))
+
+
+def predicted_table(found: Predicted) -> str:
+    """Return the predicted times of the parts as a text table, with their sum."""
+    rows: list[list[object]] = [
+        [one.part, one.sites or "", f"{one.float_ms:.4g}", f"{one.ms:.4g}"] for one in found.parts
+    ]
+    headers = ["part", "sites", "ms in bf16", "ms as compiled"]
+    return f"{_table(rows, headers)}\npredicted {found.summary}"
+
+
+def _table(rows: list[list[object]], headers: list[str]) -> str:
+    return str(tabulate(rows, headers=headers, disable_numparse=True)) if rows else ""
 
 
 def role_table(roles: Iterable[RoleSummary]) -> str:
@@ -161,6 +225,22 @@ def _pass_rows(records: Iterable[PassRecord]) -> list[list[object]]:
             len(record.skipped),
             f"{record.nodes_before} -> {record.nodes_after}",
             f"{1000 * record.seconds:.0f}",
+            "-" if record.error is None else f"{record.error:.1e}",
         ]
         for record in records
     ]
+
+
+def _stored_rows(found: Iterable[Stored]) -> list[list[object]]:
+    return [[one.dtype, one.tensors, nbytes(one.nbytes)] for one in found]
+
+
+def _skip_rows(skips: Iterable[Skip]) -> list[list[object]]:
+    return [[one.pass_name, len(one.notes), one.reason, one.notes[0].site] for one in skips]
+
+
+def _ungrouped_rows(found: Iterable[Ungrouped]) -> list[list[object]]:
+    reasons: dict[str, list[str]] = {}
+    for one in found:
+        reasons.setdefault(one.reason, []).append(str(one.site))
+    return [[len(sites), reason, sites[0]] for reason, sites in reasons.items()]
