@@ -100,7 +100,7 @@ def test_merged_it_is_as_near_with_the_original_and_a_little_farther_without(sub
     exact, twice = subject.fresh(), subject.fresh()
     exact.merge_lora(loras.as_peft(lora), reference=subject.float)
     twice.merge_lora(loras.as_peft(lora))
-    # Weights are rounded anew, which moves errors either way: at most to 1.34 and 1.75 in 16 draws.
+    # Weights are rounded anew, which moves errors either way: at most to 1.34 and 1.70 in 16 draws.
     assert subject.error(exact, reference) < 1.5 * without
     assert subject.error(twice, reference) < 2 * without
 
