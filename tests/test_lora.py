@@ -69,8 +69,9 @@ def subject(request) -> Subject:
 
 @pytest.fixture(scope="module")
 def mixed() -> Subject:
-    """One group in floating point, whose rows smoothing has scaled all the same."""
-    return subject_of(Recipe("mixed", QSpec("int8"), (Rule("attn_qkv_proj", None),)))
+    """One group in floating point, whose rows smoothing has scaled all the same; one static."""
+    static = Rule("ffn_down_proj", QSpec("int8", activation="static"))
+    return subject_of(Recipe("mixed", QSpec("int8"), (Rule("attn_qkv_proj", None), static)))
 
 
 @pytest.fixture
@@ -188,11 +189,13 @@ def test_more_than_there_is_room_for_makes_room(subject, model):
     assert relative_error(subject.run(model), output) < 1e-6
 
 
-def test_a_group_in_floating_point_takes_them_too(mixed):
+def test_groups_in_floating_point_and_with_static_scales_take_them_too(mixed):
     lora = loras.random(mixed.float, 4, wanted=lambda path: True)
     assert {"condition_embedder.time_proj", "proj_out", "blocks.0.attn1.to_v"} <= lora.keys()
     scaled = [w for group in mixed.compiled.report.groups for w in group.weights if w.outputs]
     assert any(not one.data for one in scaled)
+    fused_gelu = torch.ops.wancompile.linear_gelu_quantize.default
+    assert match.nodes_of(mixed.compiled.program.graph, fused_gelu)
     reference = loras.with_lora(mixed.float, (1.0, lora))
     without = mixed.error(mixed.compiled, mixed.float)
     merged = mixed.fresh()
