@@ -16,6 +16,7 @@ from collections.abc import Iterator
 import test_fused_gpu as fused
 import test_kernels_gpu as plain
 import test_linear_residual_gpu as residual
+import test_low_rank_gpu as low_rank
 import test_static_gpu as static
 import torch
 from torch._ops import OpOverload
@@ -57,6 +58,11 @@ def linears(tokens: int, device: torch.device) -> Iterator[Case]:
         yield plain.LINEAR, (*args, torch.bfloat16)
         yield LINEAR_RESIDUAL, residual.residual_args((2, tokens, 1552, 208), dtype, device)
         yield static.LINEAR_GELU, static.gelu_args((tokens, 1552, 208), dtype, device)
+        shape = (tokens, 1552, 208, 48)
+        *linear, low, up = low_rank.low_rank_args(shape, dtype, torch.bfloat16, device)
+        yield low_rank.LINEAR_LOW_RANK, (*linear, low, up, torch.bfloat16)
+        down = torch.randn(48, 1552, device=device, dtype=torch.bfloat16)
+        yield low_rank.LOW_RANK_DOWN, (*linear[:2], down)
 
 
 def attentions(tokens: int, device: torch.device) -> Iterator[Case]:

@@ -8,6 +8,8 @@ from wancompile import ops
 from wancompile.kernels.triton_low_rank import LINEAR_LOW_RANK_TRITON, LOW_RANK_DOWN_TRITON
 from wancompile.quant.numerics import FP8, INT8
 
+LINEAR_LOW_RANK = torch.ops.wancompile.scaled_linear_low_rank.default
+LOW_RANK_DOWN = torch.ops.wancompile.low_rank_down.default
 SHAPES = [  # M, K, N, R: edges of tiles, then q, k, v of Wan's at rank 32
     (1, 64, 32, 16),
     (127, 1536, 272, 48),
