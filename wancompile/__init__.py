@@ -2,7 +2,7 @@
 
 from wancompile.api import calibrate, compile, trace
 from wancompile.compiled import CompiledModel
-from wancompile.errors import ArtifactError, GateError, PipelineError, WancompileError
+from wancompile.errors import ArtifactError, GateError, LoraError, PipelineError, WancompileError
 from wancompile.experts.compiled import CompiledPipeline
 from wancompile.experts.load import load
 from wancompile.gate.check import Check
@@ -28,6 +28,7 @@ __all__ = [
     "Group",
     "Level",
     "Limits",
+    "LoraError",
     "PipelineError",
     "Program",
     "QSpec",
