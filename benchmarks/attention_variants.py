@@ -143,11 +143,19 @@ def operands(
         factor = profile.abs().max().sqrt() * channels**0.25  # of the logits; so both are as large
         q[..., 0], k[..., 0] = factor, profile * channels**0.5 / factor
     qk_type, v_type = types
-    (q, q_scale), (k, k_scale) = in_8_bits(q, qk_type), in_8_bits(k, qk_type)
+    (q, q_scale), (k, k_scale) = queries_in_8_bits(q, qk_type), in_8_bits(k, qk_type)
     if v_type == BF16:
         return q, k, v.to(BF16), (q_scale, k_scale, None)
     v, v_scale = in_8_bits(v, v_type)
     return q, k, v, (q_scale, k_scale, v_scale)
+
+
+def queries_in_8_bits(q: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """`q` rounded, and its scales: in int8 `[B, H, S, 1]`, one for each query."""
+    if dtype != INT8:
+        return in_8_bits(q, dtype)
+    scale = q.abs().amax(-1, keepdim=True) / QMAX[dtype]
+    return quantize(q, scale, dtype), scale
 
 
 def in_8_bits(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -205,9 +213,16 @@ def references(case: Case, b: int, head: int, rows: Tensor) -> tuple[Tensor, Ten
 
 def exact_logits(case: Case, b: int, head: int, rows: Tensor) -> Tensor:
     """The logits of some rows of one head in float64."""
-    q, k, _, (q_scale, k_scale, _) = case
-    factor = q_scale[head].double() * k_scale[head].double() * q.shape[3] ** -0.5
-    return (q[b, head, rows].double() @ k[b, head].double().T).mul_(factor)
+    q, k = case[:2]
+    products = q[b, head, rows].double() @ k[b, head].double().T
+    return products.mul_(logit_factor(case, b, head, rows))
+
+
+def logit_factor(case: Case, b: int, head: int, rows: Tensor) -> Tensor:
+    """What products of some rows of one head are multiplied by, alike or for each row, float64."""
+    q, _, _, (q_scale, k_scale, _) = case
+    own = q_scale[b, head, rows] if q_scale.dim() == 4 else q_scale[head]
+    return own.double() * k_scale[head].double() * q.shape[3] ** -0.5
 
 
 def uncertainty_of_logits(case: Case, b: int, head: int, rows: Tensor) -> float:
@@ -216,9 +231,9 @@ def uncertainty_of_logits(case: Case, b: int, head: int, rows: Tensor) -> float:
     int8: the row's shift is as large as `MAGIC` times the factor of logits, and rounded to fp32.
     e4m3: sums keep 14 bits of their largest part.
     """
-    q, _, _, (q_scale, k_scale, _) = case
+    q = case[0]
     if q.dtype == INT8:
-        factor = float(q_scale[head] * k_scale[head] * q.shape[3] ** -0.5)
+        factor = float(logit_factor(case, b, head, rows).max())
         return MAGIC * factor * HALF_BIT_FP32
     largest = float(exact_logits(case, b, head, rows).abs().amax())
     return math.ceil(q.shape[3] / 32) * largest * BIT_FP8_SUMS

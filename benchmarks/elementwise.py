@@ -170,10 +170,12 @@ def time_projections() -> Iterator[Row]:
     yield Row("project", "copy", "torch", rate=rate / 1e6)
     for resolution, tokens in TOKENS.items():
         merged = activations(1, tokens, 3 * HEADS * HEAD_SIZE)
+        row = Row("project", f"{resolution} int8", "q: norm, rotate, turn, scales")
+        yield time_rotary_per_token(row, merged, INT8, rate)
+        row = Row("project", f"{resolution} fp8", "q: norm, rotate, turn")
+        yield time_rotary(row, merged, 0, FP8, rate)
         for dtype in (INT8, FP8):
-            shape = f"{resolution} {label(dtype)}"
-            yield time_rotary(Row("project", shape, "q: norm, rotate"), merged, 0, dtype, rate)
-            row = Row("project", shape, "k: norm, rotate, shift")
+            row = Row("project", f"{resolution} {label(dtype)}", "k: norm, rotate, turn, shift")
             yield time_rotary(row, merged, 1, dtype, rate)
         row = Row("project", f"{resolution} bf16", "q: norm, rotate")
         yield time_float_rotary(row, merged, rate)
@@ -188,13 +190,26 @@ def time_projections() -> Iterator[Row]:
 def time_rotary(row: Row, merged: Tensor, part: int, dtype: torch.dtype, rate: float) -> Row:
     x, weight, _, cos, sin = given = rotary_operands(merged, part)
     shift = torch.randn(HEADS, HEAD_SIZE, device=DEVICE) if part else None
-    rest = shift, torch.full((HEADS,), 4 / 127, device=DEVICE), dtype
+    rest = shift, torch.full((HEADS,), 4 / 127, device=DEVICE), True, dtype
     sample = ops.norm_rotate_quantize(x[:, -LAST:], weight, EPS, cos[-LAST:], sin[-LAST:], *rest)
     return timed(
         row,
         rate,
         3 * x.numel(),
         lambda: kernels.norm_rotate_quantize_triton(*given, *rest),
+        lambda out: differing(out[:, :, -LAST:], sample),
+    )
+
+
+def time_rotary_per_token(row: Row, merged: Tensor, dtype: torch.dtype, rate: float) -> Row:
+    x, weight, _, cos, sin = given = rotary_operands(merged, 0)
+    last = x[:, -LAST:], weight, EPS, cos[-LAST:], sin[-LAST:]
+    sample = ops.norm_rotate_quantize_per_token(*last, True, dtype)[0]
+    return timed(
+        row,
+        rate,
+        3 * x.numel(),
+        lambda: kernels.norm_rotate_quantize_per_token_triton(*given, True, dtype)[0],
         lambda out: differing(out[:, :, -LAST:], sample),
     )
 

@@ -29,6 +29,7 @@ _SHOWN = (
     "fp8",
     "int8",
     "fp8-attention",
+    "int8-attention-fast",
     "int8-attention",
 )
 # What the numbers cannot say: what was tried, what it gave, and what limits it.

@@ -209,6 +209,9 @@ def time_quantized_attention(
         quantize_per_head_triton(t, s, to)
         for t, s, to in zip((q, k, v), scales, types, strict=True)
     ]
+    if dtype == INT8:  # each query has a scale of its own, as recipes give it
+        data[0], q_scale = quantize_per_token_triton(q, None, dtype)
+        scales = q_scale, *scales[1:]
     softmax_scale = HEAD_SIZE**-0.5
     out = empty_output(q, q.dtype)
     reference = attention_sample(*data, scales, softmax_scale)
@@ -235,9 +238,12 @@ def attention_sample(
 ) -> Tensor:
     """float64 attention of the sampled queries: what is left is the rounding of P."""
     ends = [0, -1]
-    qd, kd, vd = (
-        t.double() * s[ends].double()[:, None, None]
-        for t, s in zip((sampled(q), k[:, ends], v[:, ends]), scales, strict=True)
+    q_scale, *rest = scales
+    own = sampled(q_scale) if q_scale.dim() == 4 else q_scale[ends][:, None, None]
+    qd = sampled(q).double() * own.double()
+    kd, vd = (
+        t[:, ends].double() * s[ends].double()[:, None, None]
+        for t, s in zip((k, v), rest, strict=True)
     )
     return torch.softmax(qd @ kd.transpose(-1, -2) * softmax_scale, -1) @ vd
 

@@ -367,4 +367,4 @@ def test_tiny_models_go_all_the_way(tmp_path, capfd):
     assert attention["kind"] == "int8"
     h100_table.main([str(out)])
     printed = capfd.readouterr().out
-    assert "| ours int8, 8-bit attention |" in printed
+    assert "| ours int8, 8-bit attention, v in bf16 |" in printed

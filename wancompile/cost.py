@@ -26,7 +26,7 @@ from wancompile.ir import match
 from wancompile.ir.site import Attention, Group, Site, Source
 from wancompile.passes.quantize_attention import obstacle
 from wancompile.program import Program
-from wancompile.recipe import ATTENTIONS, DTYPES, Recipe
+from wancompile.recipe import ATTENTIONS, DTYPES, AttentionSpec, Recipe
 
 FLOAT = "float"
 OPTIONS = (FLOAT, *DTYPES)
@@ -242,9 +242,9 @@ def _self_attention(attention: Attention, node: Node, sizes: _Sizes, table: Tabl
     ms = {}
     for option in ATTENTION_OPTIONS:
         spec = ATTENTIONS.get(option)
-        rotation = f"norm_rotate_quantize {spec.dtype}" if spec else "norm_rotate float"
         ms[option] = table.ms(f"attention {option if spec else 'bf16'}", shape, work)
-        ms[option] += table.ms(rotation, (sizes.tokens, channels), elements)
+        for rotation in _rotations(spec, table):
+            ms[option] += table.ms(rotation, (sizes.tokens, channels), elements / 2)
     return SiteCost(attention.site, "self-attention", ms)
 
 
@@ -258,6 +258,17 @@ def _cross_attention(
     return table.ms("attention bf16", shape, 4 * math.prod(shape)) + table.ms(
         "rms_norm", passes, math.prod(passes)
     )
+def _rotations(spec: AttentionSpec | None, table: Table) -> tuple[str, str]:
+    """Return the passes that norm and rotate q and k."""
+    if spec is None:
+        return "norm_rotate float", "norm_rotate float"
+    per_head = f"norm_rotate_quantize {spec.dtype}"
+    per_token = f"norm_rotate_quantize_per_token {spec.dtype}"
+    # Tables from before that pass was there have none.
+    is_known = spec.scales_queries and per_token in table.rates
+    return per_token if is_known else per_head, per_head
+
+
 
 
 def _torch_passes(moved: float, shape: Shape, table: Table) -> float:
