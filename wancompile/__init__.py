@@ -11,7 +11,7 @@ from wancompile.ir.levels import Level
 from wancompile.ir.site import Attention, Group, Role, Site
 from wancompile.program import Program
 from wancompile.quant.stats import Stats
-from wancompile.recipe import AttentionRule, Auto, QSpec, Recipe, Rule
+from wancompile.recipe import AttentionRule, AttentionSpec, Auto, QSpec, Recipe, Rule
 from wancompile.report import Report
 from wancompile.samples import Sample
 from wancompile.sensitivity import Sensitivity, sensitivity
@@ -20,6 +20,7 @@ __all__ = [
     "ArtifactError",
     "Attention",
     "AttentionRule",
+    "AttentionSpec",
     "Auto",
     "Check",
     "CompiledModel",
