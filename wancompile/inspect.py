@@ -76,7 +76,7 @@ def lines(program: Program, site: str | None = None) -> list[Line]:
     shown = [node for node in program.graph.nodes if node.op != "get_attr"]
     names = {node.name: str(at) for node in shown if (at := match.site(node)) is not None}
     found = [
-        Line(_named_by_site(text, names), _path(node))
+        Line(_named_by_site(text, names), path_of(node))
         for node, text in zip(shown, program.print().splitlines(), strict=True)
     ]
     kept = [line for line in found if site is None or is_under(line.path, site)]
@@ -102,17 +102,21 @@ def diff(before: Program, after: Program, site: str | None = None, *, context: i
 
 def side_by_side(before: Program, after: Program, site: str | None = None) -> list[Row]:
     """Return two programs of one model with their lines aligned."""
-    a, b = lines(before, site), lines(after, site)
+    return aligned(lines(before, site), lines(after, site))
+
+
+def aligned(a: Sequence[Line], b: Sequence[Line]) -> list[Row]:
+    """Return the lines of two programs of one model side by side."""
     rows: list[Row] = []
     for tag, i, j, k, m in _opcodes([line.text for line in a], [line.text for line in b]):
         if tag == "equal":
             rows += [Row(Change.SAME, x, y) for x, y in zip(a[i:j], b[k:m], strict=True)]
         else:
-            rows += _aligned(a[i:j], b[k:m])
+            rows += _paired(a[i:j], b[k:m])
     return rows
 
 
-def _aligned(before: Sequence[Line], after: Sequence[Line]) -> list[Row]:
+def _paired(before: Sequence[Line], after: Sequence[Line]) -> list[Row]:
     """Pair the lines of a changed stretch that define the same value."""
     rows: list[Row] = []
     for tag, i, j, k, m in _opcodes([line.head for line in before], [line.head for line in after]):
@@ -134,7 +138,8 @@ def _named_by_site(text: str, names: Mapping[str, str]) -> str:
     return _VALUE.sub(lambda found: "%" + names.get(found.group(1), found.group(1)), code)
 
 
-def _path(node: Node) -> str:
+def path_of(node: Node) -> str:
+    """Return the site of a node, or the path of the module whose forward made it."""
     return str(match.site(node) or match.module_path(node))
 
 
