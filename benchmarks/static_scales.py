@@ -2,11 +2,10 @@
 
     python -m benchmarks.static_scales
 
-Each trained checkpoint, as it is and with outlier channels, is compiled to int8 and fp8 with a
-scale per token for every linear, with a static one for the linear behind GELU alone (which the
-linear before it can then round in its epilogue), and with static ones for all. The error is the
+Each trained checkpoint, as it is and with outlier channels, is smoothed and computes with all its
+linears in int8 or fp8: with a scale per token for each; with a static one behind GELU alone, where
+the linear before it can then round in its epilogue; and with static ones for all. The error is the
 relative L2 distance of the outputs to those of the fp32 model, over the calls of held-out videos.
-Clipped is the largest share of values with the largest code among inputs with a static scale.
 """
 
 from __future__ import annotations
@@ -20,12 +19,13 @@ from tabulate import tabulate
 
 import wancompile
 from benchmarks import record, subjects
-from benchmarks.smoothing import outputs, relative_error
 from wancompile.demo.sampler import calls
+from wancompile.ir.site import Role
 from wancompile.recipe import QSpec, Recipe, Rule
+from wancompile.sensitivity import HeldOut
 
 DTYPES = ("int8", "fp8")
-COLUMNS = ("token", "behind GELU static", "all static")
+COLUMNS = ("per token", "static behind GELU", "all static")
 
 
 def recipe(dtype: str, column: str) -> Recipe:
@@ -33,7 +33,7 @@ def recipe(dtype: str, column: str) -> Recipe:
     static = QSpec(dtype, activation="static")
     if column == "all static":
         return Recipe(column, static)
-    rules = (Rule("ffn_down_proj", static),) if column == "behind GELU static" else ()
+    rules = (Rule(str(Role.FFN_DOWN), static),) if column == "static behind GELU" else ()
     return Recipe(column, QSpec(dtype), rules)
 
 
@@ -42,44 +42,30 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
     model = subjects.load(name)
     shown = calls(model, [subjects.calibration(name, options.videos, options.steps)])
     asked, _ = subjects.held_out(name, options.held_out_videos, options.held_out_steps)
-    held_out = calls(model, [asked])
-    kinds = {"original": model, "outliers": subjects.with_outliers(model)}
-    expected = outputs(model, held_out)
-    found: dict[str, Any] = {}
-    for kind, subject in kinds.items():
+    unseen = calls(model, [asked])
+    errors = {}
+    for kind, subject in {"original": model, "outliers": subjects.with_outliers(model)}.items():
         stats = wancompile.calibrate(subject, shown)
-        found[kind] = {}
-        for dtype in DTYPES:
-            found[kind][dtype] = {}
-            for column in COLUMNS:
-                compiled = wancompile.compile(  # the gate would let what clips fall back
-                    subject,
-                    recipe=recipe(dtype, column),
-                    stats=stats,
-                    example_inputs=shown[0],
-                    limits=None,
-                )
-                check = compiled.check(held_out[:: options.check_every], reference=subject)
-                found[kind][dtype][column] = {
-                    "error": relative_error(outputs(compiled, held_out), expected),
-                    "clipped": max(check.clipped.values(), default=0.0),
-                }
-    return {"checkpoint": name, "errors": found}
+        held_out = HeldOut.of(wancompile.trace(subject, shown[0]), unseen, stats)
+        errors[kind] = {
+            dtype: {column: held_out.error_of(recipe(dtype, column)) for column in COLUMNS}
+            for dtype in DTYPES
+        }
+    return {"checkpoint": name, "errors": errors}
 
 
 def table(results: Sequence[Mapping[str, Any]]) -> str:
     """Return a row for each checkpoint, kind and type."""
-    headers = ["checkpoint", "kind", "type", *COLUMNS, "clipped, all static"]
+    headers = ["checkpoint", "kind", "type", *COLUMNS]
     return tabulate(list(_rows(results)), headers=headers, disable_numparse=True)
 
 
 def _rows(results: Sequence[Mapping[str, Any]]) -> Iterator[list[str]]:
     for one in results:
         for kind, types in one["errors"].items():
-            for dtype, columns in types.items():
-                cells = [f"{100 * columns[column]['error']:.3f} %" for column in COLUMNS]
-                clipped = f"{100 * columns['all static']['clipped']:.3f} %"
-                yield [one["checkpoint"], kind, dtype, *cells, clipped]
+            for dtype, errors in types.items():
+                cells = [f"{100 * errors[column]:.3f} %" for column in COLUMNS]
+                yield [one["checkpoint"], kind, dtype, *cells]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -92,7 +78,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--held-out-videos", type=int, default=2)
     parser.add_argument("--held-out-steps", type=int, default=4)
-    parser.add_argument("--check-every", type=int, default=4, help="of the held-out calls")
     parser.add_argument("--out", type=Path, default=record.RESULTS)
     options = parser.parse_args(argv)
     results = [measure(name, options) for name in options.names]

@@ -51,24 +51,9 @@ class Rounder:
             self._waiting.update(dict.fromkeys(members, (group, members, spec)))
 
     def input_scale(self, group: Group, node: Node, spec: QSpec) -> Tensor:
-        """Return the scale `[1]` fp32 of what `group` reads, largest in calibration, once smoothed.
-
-        `node` is one of its linears.
-
-        Raises:
-            CalibrationError: there was none, or it was of another model.
-        """
-        if self._stats is None:
-            raise CalibrationError(
-                "a static scale of activations needs calibration data or statistics",
-                site=str(group.key),
-                source=match.source_line(node),
-            )
-        amax = stats_of(self._stats, group, node).amax.amax(0)
+        """Return `input_scale` of a group of which `node` is a linear."""
         inverse = self._inverses.get(group.key)
-        smoothed = amax if inverse is None else amax * inverse.to(amax.device)
-        home = match.val(node).device
-        return scale_of(smoothed.amax(), spec.torch_dtype).reshape(1).to(home)
+        return input_scale(self._stats, group, node, inverse, spec.torch_dtype)
 
     def weight(self, node: Node, spec: QSpec) -> QTensor:
         """Return the weight of a linear in 8 bits.
@@ -139,6 +124,32 @@ class Rounder:
                 continue
             self._draft.did(group.key, f"{name}: error / {before / max(error, 1e-30):.2f}")
             before = error
+
+
+def input_scale(
+    stats: Stats | None, group: Group, node: Node, inverse: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """Return the scale `[1]` fp32 that holds the largest magnitude of what a group reads.
+
+    Args:
+        stats: what calibration has seen.
+        group: read by it before it was smoothed.
+        node: one of its linears, on whose device the scale will be.
+        inverse: `[K]` fp32, what smoothing has multiplied the channels by, or None.
+        dtype: int8 or e4m3.
+
+    Raises:
+        CalibrationError: there are no statistics, or they are of another model.
+    """
+    if stats is None:
+        raise CalibrationError(
+            "a static scale of activations needs calibration data or statistics",
+            site=str(group.key),
+            source=match.source_line(node),
+        )
+    amax = stats_of(stats, group, node).amax.amax(0)
+    smoothed = amax if inverse is None else amax * inverse.to(amax.device)
+    return scale_of(smoothed.amax(), dtype).reshape(1).to(match.val(node).device)
 
 
 def _parts(whole: QTensor, weights: Sequence[Any]) -> list[QTensor]:

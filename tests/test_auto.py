@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import re
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -20,7 +21,8 @@ from wancompile.auto import Choice, resolve
 from wancompile.demo.sampler import calls
 from wancompile.errors import CalibrationError, InputError, RecipeError
 from wancompile.html import write_html
-from wancompile.recipe import QSpec, Recipe
+from wancompile.ir.site import Role
+from wancompile.recipe import LINEARS, QSpec, Recipe, Rule
 from wancompile.report import Report
 from wancompile.sensitivity import HeldOut, sensitivity
 
@@ -80,6 +82,10 @@ def test_more_time_buys_exactness():
     assert errors[-1] == 0
 
 
+def measured_options(site):
+    return [option for option in site.ms if option not in ("int8-static", "fp8-static")]
+
+
 def test_no_other_choice_of_a_few_sites_is_better():
     """One block of seven groups and an attention: all 3^7 times 4 choices are tried."""
     t2v, request = made("t2v"), Recipe.auto(max_error=1, tokens=TOKENS)
@@ -91,7 +97,7 @@ def test_no_other_choice_of_a_few_sites_is_better():
     every = [
         (sum(t2v.found.error(str(s.site), o) ** 2 for s, o in zip(first, options, strict=True)),
          sum(s.ms[o] for s, o in zip(first, options, strict=True)))
-        for options in itertools.product(*(tuple(one.ms) for one in first))
+        for options in itertools.product(*map(measured_options, first))
     ]  # fmt: skip
     longest_step = max(max(s.ms.values()) - min(s.ms.values()) for s in first)
     for limit in (1e-4, 1e-3, 3e-3, 1e-2):
@@ -102,6 +108,27 @@ def test_no_other_choice_of_a_few_sites_is_better():
     for point in candidates.frontier():
         best = min(ms for square, ms in every if square <= point.error**2 * (1 + 1e-9))
         assert point.ms == pytest.approx(best), "the frontier is optimal everywhere"
+
+
+def test_static_scales_are_taken_behind_activations_alone():
+    t2v = made("t2v")
+    more = sensitivity(t2v.program, t2v.calls, t2v.stats, options=["int8-static"])
+    downs = [group for group in t2v.program.groups if group.role is Role.FFN_DOWN]
+    assert [one.site for one in more.sites] == [str(group.key) for group in downs]
+    assert [one.dtype for one in more.together] == ["int8-static"]
+    for one in more.sites:
+        alone = Recipe("one", None, (Rule(one.site, LINEARS["int8-static"]),))
+        assert one.error == pytest.approx(t2v.really(alone), rel=0.01)
+    found = replace(t2v.found, sites=(*t2v.found.sites, *more.sites))
+    types = "int8", "int8-static"
+    request = Recipe.auto(max_error=0.05, tokens=TOKENS, types=types, attention=False)
+    choice = resolve(request, held_out(), sensitivity=found)
+    specs = {group.key: choice.recipe.spec_for(group) for group in t2v.program.groups}
+    static = [key for key, spec in specs.items() if spec == LINEARS["int8-static"]]
+    assert static == [group.key for group in downs]
+    assert choice.measured == pytest.approx(t2v.really(choice.recipe), rel=0.01)
+    dynamic = chosen(max_error=0.05, types=["int8"], attention=False)
+    assert choice.predicted.ms < dynamic.predicted.ms
 
 
 def test_what_cannot_be_reached_is_refused_with_what_can():

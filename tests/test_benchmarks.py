@@ -19,6 +19,7 @@ from benchmarks import (
     record,
     sensitivity,
     smoothing,
+    static_scales,
     subjects,
 )
 from benchmarks.accuracy_columns import COLUMNS, Column, Subject, Unavailable
@@ -55,6 +56,20 @@ def test_planning(tmp_path, capsys):
     assert grown["ratio"]["1"] == 1
     assert written["settings"]["repeats"] == 1
     assert "t2v-1.3b" in capsys.readouterr().out
+
+
+def test_static_scales(one_block, tmp_path, capsys):
+    few = ["--videos", "1", "--steps", "1", "--held-out-videos", "1", "--held-out-steps", "1"]
+    static_scales.main(["t2v", *few, "--out", str(tmp_path)])
+    (one,) = results(tmp_path, "static_scales")["results"]
+    for types in one["errors"].values():
+        # The steps of a float grow with its value, so that e4m3 need not lose by it.
+        assert types["int8"]["per token"] < types["int8"]["all static"]
+        for errors in types.values():
+            assert list(errors) == list(static_scales.COLUMNS)
+            assert all(0 < error < 0.1 for error in errors.values())
+            assert len(set(errors.values())) == 3
+    assert "static behind GELU" in capsys.readouterr().out
 
 
 def test_smoothing(one_block, tmp_path, capsys):

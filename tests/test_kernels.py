@@ -18,6 +18,8 @@ CUDA = torch.device("cuda")
 CPU = torch.device("cpu")
 LINEAR = torch.ops.wancompile.scaled_linear.default
 LINEAR_RESIDUAL = torch.ops.wancompile.scaled_linear_residual.default
+LINEAR_GELU = torch.ops.wancompile.linear_gelu_quantize.default
+PER_TENSOR = torch.ops.wancompile.quantize_per_tensor.default
 ATTENTION = torch.ops.wancompile.scaled_attention.default
 PER_TOKEN = torch.ops.wancompile.quantize_per_token.default
 PER_HEAD = torch.ops.wancompile.quantize_per_head.default
@@ -45,6 +47,16 @@ def residual_args(dtype: torch.dtype, k: int = 64, stream: torch.dtype = torch.b
     x, x_scale, w, w_scale, bias, _ = linear_args(dtype, k)
     residual = torch.empty(1, *x.shape[:1], w.shape[0], dtype=stream, device="meta")
     return x[None], x_scale[None], w, w_scale, bias, residual, None
+
+
+def gelu_args(dtype: torch.dtype, **sizes: int) -> tuple:
+    *linear, _ = linear_args(dtype, **sizes)
+    return *linear, "tanh", None, torch.empty(1, device="meta"), dtype
+
+
+def static_args(dtype: torch.dtype, k: int = 64) -> tuple:
+    x, smooth, _ = quantize_args(dtype, k)
+    return x, smooth, torch.empty(1, device="meta"), dtype
 
 
 def attention_args(
@@ -103,6 +115,8 @@ def give(monkeypatch, capability, reason_against_triton=None):
         ((9, 0), LINEAR, linear_args(INT8), "linear_hopper"),
         ((9, 0), LINEAR_RESIDUAL, residual_args(INT8), "linear_residual_hopper"),
         ((9, 0), LINEAR_RESIDUAL, residual_args(FP8, k=5120), "linear_residual_hopper"),
+        ((9, 0), LINEAR_GELU, gelu_args(INT8), "linear_gelu_quantize_hopper"),
+        ((9, 0), LINEAR_GELU, gelu_args(FP8, k=1536), "linear_gelu_quantize_hopper"),
         ((9, 0), LINEAR, with_float64_bias(linear_args(FP8)), "fp8_linear_scaled_mm"),
         ((8, 9), LINEAR, linear_args(FP8), "fp8_linear_scaled_mm"),
         ((10, 0), LINEAR, linear_args(FP8), "fp8_linear_scaled_mm"),
@@ -114,6 +128,8 @@ def give(monkeypatch, capability, reason_against_triton=None):
         ((8, 9), ATTENTION, attention_args(), "attention_dequantize_sdpa"),
         ((8, 0), PER_TOKEN, quantize_args(INT8), "quantize_per_token_triton"),
         ((8, 9), PER_TOKEN, quantize_args(FP8, 16384), "quantize_per_token_triton"),
+        ((8, 0), PER_TENSOR, static_args(INT8), "quantize_per_tensor_triton"),
+        ((8, 9), PER_TENSOR, static_args(FP8), "quantize_per_tensor_triton"),
         ((8, 0), PER_HEAD, quantize_args(INT8), "quantize_per_head_triton"),
         ((8, 9), PER_HEAD, quantize_args(FP8), "quantize_per_head_triton"),
         ((8, 0), GELU, stream_args(GELU), "gelu_quantize_triton"),
@@ -157,6 +173,9 @@ def test_a_gpu_gets_a_kernel(monkeypatch, capability, op, args, name):
             "linear_residual_hopper",
             "residual is torch.float64",
         ),
+        (LINEAR_GELU, gelu_args(INT8, n=8), "linear_gelu_quantize_hopper", "N=8 is not a multiple"),
+        (LINEAR_GELU, gelu_args(FP8, k=72), "linear_gelu_quantize_triton", "K=72 is not a multi"),
+        (PER_TENSOR, static_args(INT8, 16385), "quantize_per_tensor_triton", "more than 16384"),
         (LINEAR, linear_args(INT8, n=8), "linear_triton", "N=8 is not a multiple of 16"),
         (LINEAR, with_float64_bias(linear_args(INT8)), "linear_triton", "bias is torch.float64"),
         (LINEAR, (*linear_args(INT8)[:5], torch.float64), "linear_triton", "output is torch.float"),
@@ -211,6 +230,8 @@ def test_a_triton_kernel_says_why_it_leaves_a_node_to_others(op, args, name, rea
         ((8, 9), "linear_triton", LINEAR, linear_args(INT8), "needs compute capability 9.0"),
         ((10, 0), "linear_triton", LINEAR, linear_args(INT8), "is made for compute capability 9.0"),
         ((8, 0), "attention_triton", ATTENTION, attention_args(), "needs compute capability 9.0"),
+        ((8, 9), "linear_gelu_quantize_hopper", LINEAR_GELU, gelu_args(INT8), "capability 9.0"),
+        ((8, 6), "quantize_per_tensor_triton", PER_TENSOR, static_args(FP8), "capability 8.9"),
         ((8, 6), "quantize_per_head_triton", PER_HEAD, quantize_args(FP8), "capability 8.9"),
         ((7, 5), "quantize_per_head_triton", PER_HEAD, quantize_args(INT8), "capability 8.0"),
         ((8, 6), "gelu_quantize_triton", GELU, stream_args(GELU, FP8), "capability 8.9"),

@@ -41,6 +41,13 @@ def residual_args(
     return x.view(2, 3, 7), x_scale.view(2, 3, 1), w, w_scale, bias, residual, opening
 
 
+def gelu_args(dtype: torch.dtype, form: str = "tanh", smooth: bool = True) -> tuple:
+    x, x_scale, w, w_scale, bias, _ = linear_args(6, 7, 5, dtype)
+    inverse = torch.rand(5) + 0.5 if smooth else None
+    scale = torch.tensor([60.0 if dtype == INT8 else 10.0])
+    return x.view(2, 3, 7), x_scale.view(2, 3, 1), w, w_scale, bias, form, inverse, scale, dtype
+
+
 def attention_args(dtype: torch.dtype, b=2, h=3, sq=5, sk=7, d=8) -> tuple:
     q, k = (random_8bit(b, h, s, d, dtype=dtype) for s in (sq, sk))
     v = random_8bit(b, h, sk, d, dtype=FP8)
@@ -83,13 +90,26 @@ def float_rotary_args(dtype: torch.dtype = torch.float32, weight: bool = True) -
     return *rotary_args(INT8, weight)[:5], dtype
 
 
+ONE = torch.tensor([0.01])
+
+
+def by_one_scale(args: tuple) -> tuple:
+    """The same with one scale for all tokens."""
+    return args[0], args[1].flatten()[:1].clone(), *args[2:]
+
+
 OPCHECKS = [
     *[(ops.quantize_per_token, (torch.randn(2, 3, 7), torch.rand(7), d)) for d in DTYPES],
     (ops.quantize_per_token, (torch.randn(4, 6, dtype=torch.bfloat16).t(), None, INT8)),
+    *[(ops.quantize_per_tensor, (torch.randn(2, 7), torch.rand(7), ONE, d)) for d in DTYPES],
+    (ops.quantize_per_tensor, (torch.randn(4, 6, dtype=torch.bfloat16).t(), None, ONE, INT8)),
     *[(ops.quantize_per_head, (torch.randn(1, 2, 3, 4), torch.rand(2), d)) for d in DTYPES],
     (ops.quantize_per_head, (torch.randn(1, 3, 2, 4).transpose(1, 2), torch.rand(2), INT8)),
     *[(ops.scaled_linear, linear_args(3, 7, 5, d)) for d in DTYPES],
     (ops.scaled_linear, linear_args(1, 8, 8, INT8, bias=False)),
+    *[(ops.scaled_linear, by_one_scale(linear_args(3, 7, 5, d))) for d in DTYPES],
+    *[(ops.linear_gelu_quantize, gelu_args(d)) for d in DTYPES],
+    (ops.linear_gelu_quantize, by_one_scale(gelu_args(INT8, "none", smooth=False))),
     *[(ops.scaled_linear_residual, residual_args(d)) for d in DTYPES],
     (ops.scaled_linear_residual, residual_args(INT8, gate=None, dtype=torch.bfloat16)),
     *[(ops.scaled_attention, attention_args(d)) for d in DTYPES],
@@ -168,6 +188,18 @@ def test_scaled_linear_is_the_float64_linear(dtype, shape, bias):
     out = ops.scaled_linear(*args)
     assert ((out - expected).abs() <= size * 1e-5).all()
     assert ops.scaled_linear(*args[:-1], torch.bfloat16).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_one_scale_for_all_tokens_is_that_of_each(dtype):
+    for args in (linear_args(5, 7, 3, dtype), linear_args(0, 7, 3, dtype)):
+        x, _, *rest = args
+        each = torch.full((len(x), 1), 0.25)
+        out = ops.scaled_linear(x, torch.tensor([0.25]), *rest)
+        assert torch.equal(out, ops.scaled_linear(x, each, *rest))
+    x, _, *rest = residual_args(dtype)
+    out = ops.scaled_linear_residual(x, torch.tensor([0.25]), *rest)
+    assert torch.equal(out, ops.scaled_linear_residual(x, torch.full((2, 3, 1), 0.25), *rest))
 
 
 @pytest.mark.parametrize("exact", [True, False])
@@ -265,6 +297,13 @@ WRONG = [
     (ops.quantize_per_token, (torch.ones(2, 3), None, torch.int16)),
     (ops.quantize_per_token, (torch.ones(2, 3), torch.ones(4), INT8)),
     (ops.quantize_per_head, (torch.ones(2, 3, 4), torch.ones(3), INT8)),
+    (ops.quantize_per_tensor, (torch.ones(2, 3), None, torch.ones(2), INT8)),
+    (ops.quantize_per_tensor, (torch.ones(2, 3), None, torch.ones(1).double(), INT8)),
+    (ops.linear_gelu_quantize, (*gelu_args(INT8)[:7], torch.ones(5), INT8)),
+    (
+        ops.scaled_linear,
+        (*linear_args(2, 8, 4, INT8)[:1], torch.ones(2), *linear_args(2, 8, 4, INT8)[2:]),
+    ),
     (ops.scaled_linear, (*linear_args(2, 8, 4, INT8)[:2], *linear_args(2, 8, 4, FP8)[2:])),
     (ops.scaled_linear, (*linear_args(2, 8, 4, INT8)[:2], *linear_args(2, 9, 4, INT8)[2:])),
     (ops.scaled_linear, (*linear_args(2, 8, 4, INT8)[:5], torch.int8)),
@@ -330,6 +369,37 @@ def test_gelu_quantize_is_gelu_in_float64(dtype, approximate):
     assert ((q.double() * scale - exact).abs() <= half_step(exact, scale, dtype)).all()
     with pytest.raises(InputError, match="not 'sigmoid'"):
         ops.gelu_quantize(x, "sigmoid", None, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("source", [torch.bfloat16, torch.float32])
+def test_quantize_per_tensor_gives_back_what_lies_within(dtype, source):
+    x, smooth = torch.randn(3, 5, 40).to(source) * 3, torch.rand(40) + 0.5
+    scale = torch.tensor([4.0 / QMAX[dtype]])
+    q = ops.quantize_per_tensor(x, smooth, scale, dtype)
+    exact = (x.double() * smooth).clamp(-4, 4)
+    assert ((x.double() * smooth).abs() > 4).any()
+    assert ((q.double() * scale - exact).abs() <= half_step(exact, scale, dtype)).all()
+    assert q.float().abs().max() == QMAX[dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("approximate", ["none", "tanh"])
+@pytest.mark.parametrize("smooth", [True, False])
+def test_linear_gelu_quantize_is_float64_and_saturates(dtype, approximate, smooth):
+    x, x_scale, w, w_scale, bias, _, inverse, scale, _ = args = gelu_args(
+        dtype, approximate, smooth
+    )
+    y = (x.double() * x_scale) @ (w.double() * w_scale).t() + bias
+    y = torch.nn.functional.gelu(y, approximate=approximate)
+    y = y if inverse is None else y * inverse
+    top = QMAX[dtype] * scale.double()
+    exact = y.clamp(-top, top)
+    assert (y > top).any()
+    q = ops.linear_gelu_quantize(*args)
+    assert ((q.double() * scale - exact).abs() <= half_step(exact, scale, dtype)).all()
+    with pytest.raises(InputError, match="not 'sigmoid'"):
+        ops.linear_gelu_quantize(*args[:5], "sigmoid", *args[6:])
 
 
 def modulated_norm(x: Tensor, weight, weight_offset, bias, bias_offset, rows, eps, smooth):

@@ -209,7 +209,7 @@ def test_a_scale_that_clips_gives_way_to_one_per_token(wan):
     (fallback,) = found.report.gate.fallbacks
     assert (fallback.place, fallback.before, fallback.after) == (
         DOWN_SITE.path,
-        "int8 static",
+        "int8-static",
         "int8",
     )
     assert fallback.kind is Kind.CLIPPED

@@ -14,11 +14,20 @@ from wancompile.cost import FLOAT, Costs, costs
 from wancompile.errors import CalibrationError, RecipeError
 from wancompile.gate.evidence import Evidence
 from wancompile.gate.record import on_device
-from wancompile.ir.site import Group
+from wancompile.ir.site import Group, Role
 from wancompile.knapsack import Option, choose, frontier
 from wancompile.program import Program
 from wancompile.quant.stats import Stats
-from wancompile.recipe import ATTENTIONS, RECIPES, AttentionRule, Auto, QSpec, Recipe, Rule
+from wancompile.recipe import (
+    ATTENTIONS,
+    LINEARS,
+    RECIPES,
+    AttentionRule,
+    Auto,
+    QSpec,
+    Recipe,
+    Rule,
+)
 from wancompile.sensitivity import HeldOut, Sensitivity, measure
 from wancompile.stream import is_same
 from wancompile.trials import SELF_ATTENTION
@@ -286,8 +295,10 @@ def _uniform(request: Auto) -> list[Recipe]:
 
 def _allowed(request: Auto, role: str) -> list[str]:
     """Return what a site of a role may be in, but for floating point."""
-    if role != SELF_ATTENTION:
+    if role == Role.FFN_DOWN:
         return list(request.types)
+    if role != SELF_ATTENTION:
+        return [name for name in request.types if LINEARS[name].activation != "static"]
     found = [name for name, spec in ATTENTIONS.items() if spec.dtype in request.types]
     return found if request.attention else []
 
@@ -297,7 +308,7 @@ def _most(types: Mapping[str, str]) -> str:
 
 
 def _spec(name: str) -> QSpec | None:
-    return None if name == FLOAT else QSpec(name)
+    return None if name == FLOAT else LINEARS[name]
 
 
 def _percent(value: float) -> str:

@@ -26,10 +26,10 @@ from wancompile.ir import match
 from wancompile.ir.site import Attention, Group, Site, Source
 from wancompile.passes.quantize_attention import obstacle
 from wancompile.program import Program
-from wancompile.recipe import ATTENTIONS, DTYPES, AttentionSpec, Recipe
+from wancompile.recipe import ATTENTIONS, DTYPES, LINEARS, AttentionSpec, Recipe
 
 FLOAT = "float"
-OPTIONS = (FLOAT, *DTYPES)
+OPTIONS = (FLOAT, *LINEARS)
 """What a group can be in."""
 ATTENTION_OPTIONS = (FLOAT, *ATTENTIONS)
 """What a self-attention can be in."""
@@ -51,6 +51,9 @@ _BYTES = {
 }
 # One pass of RMSNorm reads and writes bf16: its rate stands for that of any pass.
 _RMS_NORM_BYTES = 2 + 2
+# Behind a static scale GELU is computed in the epilogue of the product before it. By the
+# instructions that this adds to the epilogue it takes half as long as the pass that is saved.
+_EPILOGUE = 0.5
 _PASSES = {
     Source.MODULATED_NORM: "norm_quantize",
     Source.AFFINE_NORM: "norm_quantize",
@@ -153,7 +156,7 @@ class Costs:
         for one in self.sites:
             if one.site in specs:
                 spec = specs[one.site]
-                found.append(spec.dtype if spec else FLOAT)
+                found.append(spec.name if spec else FLOAT)
             else:
                 attention = recipe.attention_for(one.site)
                 found.append(attention.name if attention else FLOAT)
@@ -223,13 +226,20 @@ def _group(group: Group, nodes: Mapping[Site, Node], sizes: _Sizes, table: Table
     m, k = sizes.rows(x), int(match.shape(x)[-1])
     widths = [int(match.shape(node)[-1]) for node in members]
     elements = m * k
-    ms = {FLOAT: _torch_passes(elements * _BYTES.get(group.source, 0), (m, k), table)}
+    ms_of_passes = _torch_passes(elements * _BYTES.get(group.source, 0), (m, k), table)
+    ms = {FLOAT: ms_of_passes}
     for n in widths:
         ms[FLOAT] += table.ms("linear bf16", (m, k, n), 2 * n * elements)
     for dtype in DTYPES:
         one_pass = f"{_PASSES.get(group.source, 'quantize_per_token')} {dtype}"
         product = table.ms(f"linear {dtype}", (m, k, sum(widths)), 2 * sum(widths) * elements)
-        ms[dtype] = product + table.ms(one_pass, (m, k), elements)
+        pass_ms = table.ms(one_pass, (m, k), elements)
+        ms[dtype] = product + pass_ms
+        if group.source is Source.ACTIVATION:
+            ms[f"{dtype}-static"] = product + _EPILOGUE * pass_ms
+        else:  # nothing is fused with a rounding that knows its scale, for nothing is won by it
+            rounding = table.ms(f"quantize_per_token {dtype}", (m, k), elements)
+            ms[f"{dtype}-static"] = product + ms_of_passes + rounding
     return SiteCost(group.key, str(group.role), ms)
 
 
@@ -248,16 +258,6 @@ def _self_attention(attention: Attention, node: Node, sizes: _Sizes, table: Tabl
     return SiteCost(attention.site, "self-attention", ms)
 
 
-def _cross_attention(
-    attention: Attention, nodes: Mapping[Site, Node], sizes: _Sizes, table: Table
-) -> float:
-    q, k = match.args(nodes[attention.site])[:2]
-    _, heads, _, width = match.shape(q)
-    shape = (int(heads), sizes.rows(q), sizes.rows(k), int(width))
-    passes = (sizes.rows(q), int(heads) * int(width))
-    return table.ms("attention bf16", shape, 4 * math.prod(shape)) + table.ms(
-        "rms_norm", passes, math.prod(passes)
-    )
 def _rotations(spec: AttentionSpec | None, table: Table) -> tuple[str, str]:
     """Return the passes that norm and rotate q and k."""
     if spec is None:
@@ -269,6 +269,16 @@ def _rotations(spec: AttentionSpec | None, table: Table) -> tuple[str, str]:
     return per_token if is_known else per_head, per_head
 
 
+def _cross_attention(
+    attention: Attention, nodes: Mapping[Site, Node], sizes: _Sizes, table: Table
+) -> float:
+    q, k = match.args(nodes[attention.site])[:2]
+    _, heads, _, width = match.shape(q)
+    shape = (int(heads), sizes.rows(q), sizes.rows(k), int(width))
+    passes = (sizes.rows(q), int(heads) * int(width))
+    return table.ms("attention bf16", shape, 4 * math.prod(shape)) + table.ms(
+        "rms_norm", passes, math.prod(passes)
+    )
 
 
 def _torch_passes(moved: float, shape: Shape, table: Table) -> float:

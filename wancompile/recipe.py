@@ -56,6 +56,11 @@ class QSpec:
         """The storage type."""
         return DTYPES[self.dtype]
 
+    @property
+    def name(self) -> str:
+        """What it is called in `LINEARS`, whatever is done to its weights."""
+        return f"{self.dtype}-static" if self.activation == "static" else self.dtype
+
 
 @dataclass(frozen=True)
 class Rule:
@@ -254,8 +259,11 @@ class Auto:
     `max_error` is the largest relative L2 error of the model's output on held-out calls; within it
     the time is least. `max_ms` is the longest time, in milliseconds, of one call of all of the
     model's blocks with `tokens` video tokens (by default those of the first call seen); within it
-    the error is least. With both, the error must be reached in the time. `types` may be used, for
-    self-attention too if `attention` is set, as fast as they were measured on `device`.
+    the error is least. With both, the error must be reached in the time.
+
+    `types`, some of `LINEARS`, may be used, as fast as they were measured on `device`; those with
+    scales per token for self-attention too if `attention` is set, those with static ones behind an
+    activation alone, where they save a pass over memory.
     """
 
     max_error: float | None = None
@@ -272,9 +280,9 @@ class Auto:
         for name, one in (*budgets.items(), ("tokens", self.tokens)):
             if one is not None and not (_is_number(one) and 0 < one < math.inf):
                 raise RecipeError(f"{name} is a positive number, not {one!r}")
-        unknown = [one for one in self.types if one not in DTYPES]
+        unknown = [one for one in self.types if one not in LINEARS]
         if unknown or not self.types:
-            raise RecipeError(f"types are some of {', '.join(DTYPES)}, not {self.types!r}")
+            raise RecipeError(f"types are some of {', '.join(LINEARS)}, not {self.types!r}")
 
     @property
     def name(self) -> str:
@@ -312,6 +320,12 @@ def _nearest(pattern: str, names: Sequence[str]) -> list[str]:
     plain = pattern.replace("*", "")
     return difflib.get_close_matches(plain, names, n=3, cutoff=0.0) or list(names[:3])
 
+
+LINEARS: dict[str, QSpec] = {
+    one.name: one
+    for one in (QSpec(dtype, activation=kind) for kind in ACTIVATIONS for dtype in DTYPES)
+}
+"""All ways to quantize a linear, by what they are called where one is chosen."""
 
 ATTENTIONS: dict[str, AttentionSpec] = {
     "int8": AttentionSpec("int8", "bf16"),

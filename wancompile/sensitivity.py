@@ -6,7 +6,7 @@ import json
 import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -18,9 +18,10 @@ from tqdm import tqdm
 from wancompile import passes, pipeline
 from wancompile.errors import CalibrationError, InputError, LevelError, NumericsError
 from wancompile.ir.levels import Level
+from wancompile.ir.site import Role
 from wancompile.program import Program
 from wancompile.quant.stats import Stats
-from wancompile.recipe import ATTENTIONS, DTYPES, QSpec, Recipe
+from wancompile.recipe import ATTENTIONS, DTYPES, LINEARS, QSpec, Recipe, Rule
 from wancompile.trials import SELF_ATTENTION, Branches, Trial, squares, trials
 
 
@@ -28,10 +29,10 @@ from wancompile.trials import SELF_ATTENTION, Branches, Trial, squares, trials
 class SiteSensitivity:
     """What happens if one group or self-attention rounds to `dtype` and nothing else does.
 
-    `site` is the key of the group or the site of the attention, `dtype` the type of a group, of an
-    attention a name in `ATTENTIONS`. Errors are relative L2 over all calls: `local` of the site's
-    own outputs, `error` of the model's. `calibrated` is the error that the search for a smooth
-    scale has found on sampled tokens, None where there was no search.
+    `site` is the key of the group or the site of the attention, `dtype` of a group a name in
+    `LINEARS`, of an attention one in `ATTENTIONS`. Errors are relative L2 over all calls: `local`
+    of the site's own outputs, `error` of the model's. `calibrated` is the error that the search for
+    a smooth scale has found on sampled tokens, None where there was no search.
     """
 
     site: str
@@ -73,7 +74,7 @@ class Sensitivity:
         Raises:
             KeyError: it was not measured.
         """
-        if dtype not in (*DTYPES, *ATTENTIONS):
+        if dtype not in (*LINEARS, *ATTENTIONS):
             return 0.0
         found = (one.error for one in self.sites if (one.site, one.dtype) == (site, dtype))
         error = next(found, None)
@@ -129,7 +130,7 @@ def sensitivity(
         calls: named arguments of calls that nothing was calibrated on.
         stats: statistics to smooth by, and for the scales of attention; without them nothing is
             smoothed, and attention is left out.
-        options: 8-bit types to try.
+        options: 8-bit types to try, some of `LINEARS`.
         smooth: whether groups are smoothed, each for the type it is tried in.
         progress: show a progress bar.
 
@@ -170,8 +171,15 @@ def measure(
 def everything_in(dtype: str, smooth: bool = True) -> tuple[Recipe, ...]:
     """Return the recipes that round all linears and self-attentions to one type.
 
-    There is one for each entry of `ATTENTIONS` with q and k in that type, and of its name.
+    There is one for each entry of `ATTENTIONS` with q and k in that type, and of its name. Of a
+    type with static scales there is one, for the linears behind an activation alone.
+
+    Raises:
+        RecipeError: the type is unknown.
     """
+    if dtype in LINEARS and LINEARS[dtype].activation == "static":
+        spec = replace(LINEARS[dtype], smooth=smooth)
+        return (Recipe(dtype, None, (Rule(str(Role.FFN_DOWN), spec),)),)
     linears = QSpec(dtype, smooth)
     return tuple(
         Recipe(name, linears, attention=spec)
@@ -182,11 +190,11 @@ def everything_in(dtype: str, smooth: bool = True) -> tuple[Recipe, ...]:
 
 def _rounded_by(recipe: Recipe, found: Iterable[SiteSensitivity]) -> list[SiteSensitivity]:
     """Return those of `found` that are in the type that `recipe`, one for everything, gives."""
-    assert recipe.linears is not None
+    linears = recipe.name if recipe.linears is None else recipe.linears.name
     return [
         one
         for one in found
-        if one.dtype == (recipe.name if one.role == SELF_ATTENTION else recipe.linears.dtype)
+        if one.dtype == (recipe.name if one.role == SELF_ATTENTION else linears)
     ]
 
 

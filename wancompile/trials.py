@@ -25,11 +25,12 @@ from wancompile.passes.quantize_attention import (
     value_inverse,
 )
 from wancompile.passes.quantize_linears import take_up_scale
+from wancompile.passes.rounding import input_scale
 from wancompile.program import Program
 from wancompile.quant.head_scales import HeadScales
 from wancompile.quant.numerics import quantize_weight
 from wancompile.quant.stats import Stats
-from wancompile.recipe import DTYPES, AttentionSpec, Recipe
+from wancompile.recipe import AttentionSpec, QSpec, Recipe
 
 ops = torch.ops.wancompile
 
@@ -42,10 +43,10 @@ SELF_ATTENTION = "self-attention"
 class Trial:
     """One site in one 8-bit type: what its calls yield instead.
 
-    `site` is the key of a group or the site of a self-attention, `role` as in reports. `dtype` of
-    an attention is a name in `ATTENTIONS`. `roundings`
-    computes, for each node of the program's module, its rounded value from those that it reads;
-    `reads` are the values that must still be there when it does.
+    `site` is the key of a group or the site of a self-attention, `role` as in reports. `dtype` is a
+    name in `LINEARS`, of an attention one in `ATTENTIONS`. `roundings` computes, for each node of
+    the program's module, its rounded value from those that it reads; `reads` are the values that
+    must still be there when it does.
     """
 
     site: Site
@@ -58,16 +59,16 @@ class Trial:
 def trials(program: Program, recipe: Recipe, stats: Stats | None) -> list[Trial]:
     """Return one trial for each group and self-attention that `recipe` puts in 8 bits, in order.
 
-    `program` is smoothed as it is to be. Attentions are left out without statistics, which their
-    static scales come from.
+    `program` is smoothed as it is to be. Without statistics, which static scales come from,
+    attentions are left out, and so are linears with such a scale.
 
     Raises:
-        CalibrationError: the statistics have nothing for an attention.
+        CalibrationError: the statistics have nothing for a site.
     """
     nodes = match.by_site(program.module.graph)
     groups = {group.key: group for group in program.groups}
     specs = [(group, recipe.spec_for(group)) for group in program.groups]
-    found = [_of_group(program, group, nodes, spec.dtype) for group, spec in specs if spec]
+    found = [_of_group(program, group, nodes, stats, spec) for group, spec in specs if spec]
     for attention in program.attentions if stats is not None else ():
         spec, node = recipe.attention_for(attention.site), nodes[attention.site]
         if spec is not None and not obstacle(attention, node):
@@ -77,29 +78,55 @@ def trials(program: Program, recipe: Recipe, stats: Stats | None) -> list[Trial]
     return sorted(kept, key=lambda one: min(map(position.__getitem__, one.roundings)))
 
 
-def _of_group(program: Program, group: Group, nodes: Mapping[Site, Node], dtype: str) -> Trial:
+def _of_group(
+    program: Program,
+    group: Group,
+    nodes: Mapping[Site, Node],
+    stats: Stats | None,
+    spec: QSpec,
+) -> Trial:
     members = [
         node
         for node in (nodes[site] for site in group.sites)
         if match.is_float_linear(node) and match.reads_only_constants(match.args(node)[1])
     ]
-    roundings = {node: _rounded_linear(program, node, DTYPES[dtype]) for node in members}
+    scale = None
+    if spec.activation == "static":
+        members = members if stats is not None else []
+        scale = _static_scale(program, group, members, stats, spec)
+    roundings = {node: _rounded_linear(program, node, spec.torch_dtype, scale) for node in members}
     reads = frozenset(
         one
         for node in members
         for one in (*take_up_scale(match.args(node)[0]), match.arg(node, 2, "bias"))
         if one is not None
     )
-    return Trial(group.key, str(group.role), dtype, roundings, reads)
+    return Trial(group.key, str(group.role), spec.name, roundings, reads)
 
 
-def _rounded_linear(program: Program, node: Node, dtype: torch.dtype) -> Rounding:
+def _static_scale(
+    program: Program, group: Group, members: Sequence[Node], stats: Stats | None, spec: QSpec
+) -> Tensor | None:
+    if not members:
+        return None
+    inverse = program.state.get(group.smoothing.inverse) if group.smoothing else None
+    return input_scale(stats, group, members[0], inverse, spec.torch_dtype)
+
+
+def _rounded_linear(
+    program: Program, node: Node, dtype: torch.dtype, static: Tensor | None
+) -> Rounding:
     producer, inverse = take_up_scale(match.args(node)[0])
     weight, bias = match.args(node)[1], match.arg(node, 2, "bias")
     out = match.val(node).dtype
 
     def rounded(env: Env) -> Tensor:
-        q, scale = ops.quantize_per_token(env[producer], _value(env, inverse), dtype)
+        x, smooth = env[producer], _value(env, inverse)
+        if static is None:
+            q, scale = ops.quantize_per_token(x, smooth, dtype)
+        else:
+            scale = static.to(x.device)
+            q = ops.quantize_per_tensor(x, smooth, scale, dtype)
         stored = quantize_weight(edit.evaluate_constant(weight, program.state), dtype)
         result: Tensor = ops.scaled_linear(
             q, scale, stored.data, stored.scale, _value(env, bias), out

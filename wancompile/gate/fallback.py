@@ -82,7 +82,7 @@ def relax_sites(program: Program, recipe: Recipe, check: Check) -> Relaxed:
     for one in {places.key(one.place): one for one in chosen}.values():
         key = places.key(one.place)
         before, better = places.dtype(key), places.by_token(key)
-        after = better.dtype if better is not None else FLOAT
+        after = better.name if better is not None else FLOAT
         found.append(Fallback(key, before, after, one.kind, one.figure, one.limit))
         if key in places.groups:
             rules.append(Rule(key, better))
@@ -95,11 +95,7 @@ def relax_sites(program: Program, recipe: Recipe, check: Check) -> Relaxed:
 def _fallback(
     key: str, spec: QSpec, better: QSpec | None, kind: Kind, figure: float, limit: float
 ) -> Fallback:
-    return Fallback(key, spec.dtype, better.dtype if better else FLOAT, kind, figure, limit)
-
-
-def _named(spec: QSpec) -> str:
-    return f"{spec.dtype} static" if spec.activation == "static" else spec.dtype
+    return Fallback(key, spec.name, better.name if better else FLOAT, kind, figure, limit)
 
 
 class _Places:
@@ -112,7 +108,7 @@ class _Places:
             for key, group in self.groups.items()
             if (spec := recipe.spec_for(group)) is not None
         }
-        self._dtypes = {key: _named(spec) for key, spec in self._specs.items()}
+        self._dtypes = {key: spec.name for key, spec in self._specs.items()}
         self._keys = {str(s): key for key, one in self.groups.items() for s in one.sites}
         for attention in program.attentions:
             of_attention = recipe.attention_for(attention.site) if attention.is_self else None
