@@ -191,6 +191,15 @@ def test_the_gate_counts_the_largest_codes(compiled):
     assert 0 <= clipped["blocks.0.ffn.net.2"] < 0.01
 
 
+def test_it_is_saved_and_loaded(wan, compiled, tmp_path):
+    _, inputs = wan
+    compiled.save(tmp_path / "static")
+    loaded = wancompile.load(tmp_path / "static")
+    assert loaded.report.recipe == compiled.report.recipe
+    outputs = [one(**inputs, return_dict=False)[0] for one in (loaded, compiled)]
+    assert torch.equal(*outputs)
+
+
 def test_a_scale_that_clips_gives_way_to_one_per_token(wan):
     """With statistics of a model whose GELU yields a fifth of what this one's does."""
     model, inputs = wan
