@@ -159,13 +159,15 @@ def _fastest(candidates: _Candidates, held_out: HeldOut, budget: float) -> tuple
 
     The limit of the predicted error is searched for: one of choices within the budget is too low,
     one of choices beyond it too high, and the ratio of measured to predicted says where to look.
+    Where that leads to a choice already measured, it is between the two.
     """
     best = candidates.recipe(candidates.within_error(0.0))
     measured = {best: 0.0}
     low, limit, high = 0.0, budget, 2 * budget
     for _ in range(_STEPS):
         recipe = candidates.recipe(candidates.within_error(limit))
-        if recipe not in measured:
+        is_new = recipe not in measured
+        if is_new:
             if len(measured) > _ROUNDS:
                 break
             measured[recipe] = held_out.error_of(recipe)
@@ -176,7 +178,7 @@ def _fastest(candidates: _Candidates, held_out: HeldOut, budget: float) -> tuple
         else:
             high = limit
         limit *= budget / error if error > 0 else 2.0
-        if not low < limit < high:
+        if not is_new or not low < limit < high:
             limit = (low + high) / 2
     return best, measured[best]
 
