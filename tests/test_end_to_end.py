@@ -16,6 +16,7 @@ from wancompile.demo import checkpoints
 from wancompile.demo.conditions import prompt
 from wancompile.demo.quality import psnr
 from wancompile.demo.sampler import Request, calls, sample
+from wancompile.pipeline import relative_error
 
 _STEPS = 5
 _DIGITS = {"t2v": tuple(range(10)), "i2v": (1, 4, 8)}
@@ -81,6 +82,18 @@ def test_the_compiled_video_is_the_original_one(
     name: checkpoints.Name, recipe: str, least: float
 ) -> None:
     assert float(psnr(videos(name, recipe), videos(name)).mean()) > least
+
+
+@pytest.mark.parametrize(
+    ("recipe", "most"), [("int8-attention", 0.0045), ("int8-attention-fast", 0.007)]
+)
+def test_one_step_is_near_with_attention_in_8_bits(recipe: str, most: float) -> None:
+    model = original("t2v")
+    held_out = calls(model, [request("t2v", (2, 5), 4, 900)])[::2]
+    with torch.no_grad():
+        exact = [model(**call)[0] for call in held_out]
+    found = [compiled("t2v", recipe)(**call)[0] for call in held_out]
+    assert relative_error(torch.cat(found), torch.cat(exact)) < most
 
 
 def test_int8_is_nearer_than_fp8() -> None:
