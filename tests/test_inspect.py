@@ -20,10 +20,10 @@ from wancompile.inspect import Change, climb, diff, is_under, lines, side_by_sid
 from wancompile.ir.blocks import blocks
 from wancompile.ir.levels import Level
 from wancompile.program import Program
-from wancompile.recipe import QSpec, Recipe, Rule, resolve
+from wancompile.recipe import ATTENTIONS, QSpec, Recipe, Rule, resolve
 from wancompile.report import Report
 
-RECIPE = Recipe("mixed", QSpec("int8"), (Rule("blocks.1.ffn.net.2", None),), attention="int8")
+RECIPE = Recipe("mixed", QSpec("int8"), (Rule("blocks.1.ffn.net.2", None),), ATTENTIONS["int8"])
 
 
 def wan(device: str = "cpu") -> WanTransformer3DModel:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from small import WEIGHTS, X, attend, fused, normal, plain, quantized
@@ -7,6 +9,7 @@ from small import WEIGHTS, X, attend, fused, normal, plain, quantized
 import wancompile
 from wancompile import pipeline
 from wancompile.calibrate import Calibration
+from wancompile.ir.edit import Note
 from wancompile.ir.site import Role, Site
 from wancompile.passes import FoldConstants, Lower, Smooth
 from wancompile.recipe import QSpec, Recipe, Rule
@@ -97,9 +100,18 @@ def test_a_report_prints_what_is_stored_and_what_was_skipped(report, programs):
 
 
 def test_skips_are_all_that_was_skipped_reason_by_reason(report):
-    found = [(one.pass_name, note.site, one.reason) for one in report.skips for note in one.notes]
+    found = [(one.pass_name, note.site, note.text) for one in report.skips for note in one.notes]
     assert sorted(found) == sorted(report.skipped)
     assert len({(one.pass_name, one.reason) for one in report.skips}) == len(report.skips)
+
+
+def test_reasons_that_differ_in_numbers_are_one(report):
+    texts = ("int8 is 4.0 % off at 2", "int8 is 0.5 % off at 2", "fp8 is 10.25 % off at 2")
+    record = replace(report.records[0], skipped=tuple(Note(f"s{text[:8]}", text) for text in texts))
+    first, second = replace(report, records=(record,)).skips
+    assert first.reason == "int8 is 0.5 to 4.0 % off at 2"
+    assert [note.text for note in first.notes] == list(texts[:2])
+    assert second.reason == texts[2]
 
 
 def test_a_report_follows_its_program(report, programs):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,8 +20,11 @@ from wancompile.ir.site import Group, Role, Ungrouped
 from wancompile.program import PassRecord, Program
 from wancompile.quant.stability import Stability
 from wancompile.recipe import Recipe
-from wancompile.times import Predicted
+from wancompile.times import Predicted, as_text
 from wancompile.units import nbytes
+
+# A number that is no part of a name, such as of a type.
+_NUMBER = re.compile(r"(?<![\w.])\d+(?:\.\d+)?(?![\w])")
 
 
 @dataclass(frozen=True)
@@ -96,12 +100,18 @@ class Report:
 
     @property
     def skips(self) -> tuple[Skip, ...]:
-        """What was skipped, one entry for each pass and reason, in the order of the passes."""
+        """What was skipped, one entry for each pass and reason, in the order of the passes.
+
+        Reasons that differ in their numbers alone are one, which gives the range of each.
+        """
         found: dict[tuple[str, str], list[Note]] = {}
         for record in self.records:
             for note in record.skipped:
-                found.setdefault((record.name, note.text), []).append(note)
-        return tuple(Skip(name, reason, tuple(notes)) for (name, reason), notes in found.items())
+                found.setdefault((record.name, _NUMBER.sub("0", note.text)), []).append(note)
+        return tuple(
+            Skip(name, _ranges([note.text for note in notes]), tuple(notes))
+            for (name, _), notes in found.items()
+        )
 
     @property
     def roles(self) -> tuple[RoleSummary, ...]:
@@ -151,6 +161,14 @@ class Report:
         return "\n\n".join([*filter(None, parts), *(str(one) for one in more if one is not None)])
 
 
+def _ranges(texts: list[str]) -> str:
+    """Return texts that differ in numbers as one, `0.3 to 4.1` in the place of a number."""
+    columns = zip(*(_NUMBER.findall(text) for text in texts), strict=True)
+    spans = [sorted(set(column), key=float) for column in columns]
+    shown = iter([span[0] if len(span) == 1 else f"{span[0]} to {span[-1]}" for span in spans])
+    return _NUMBER.sub(lambda _: next(shown), texts[0])
+
+
 def stored_in(state: Mapping[str, torch.Tensor]) -> tuple[Stored, ...]:
     """Return what `state` holds of each type, most bytes first."""
     kinds: dict[str, list[int]] = {}
@@ -164,9 +182,9 @@ def stored_in(state: Mapping[str, torch.Tensor]) -> tuple[Stored, ...]:
 def predicted_table(found: Predicted) -> str:
     """Return the predicted times of the parts as a text table, with their sum."""
     rows: list[list[object]] = [
-        [one.part, one.sites or "", f"{one.float_ms:.4g}", f"{one.ms:.4g}"] for one in found.parts
+        [one.part, one.sites or "", as_text(one.float_ms), as_text(one.ms)] for one in found.parts
     ]
-    headers = ["part", "sites", "ms in bf16", "ms as compiled"]
+    headers = ["part", "sites", "in bf16", "as compiled"]
     return f"{_table(rows, headers)}\npredicted {found.summary}"
 
 

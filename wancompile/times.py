@@ -66,8 +66,8 @@ class Predicted:
     def summary(self) -> str:
         """One sentence on the whole."""
         return (
-            f"{self.ms:.4g} ms for the blocks of one call of {self.tokens:,} tokens, "
-            f"{self.compiled_ms:.4g} ms by torch.compile in bf16 "
+            f"{as_text(self.ms)} for the blocks of one call of {self.tokens:,} tokens, "
+            f"{as_text(self.compiled_ms)} by torch.compile in bf16 "
             f"({self.compiled_ms / max(self.ms, 1e-30):.2f} x); rates from {self.source}"
         )
 
@@ -84,6 +84,14 @@ class Measured:
     def ms(self) -> float:
         """The milliseconds of all parts together; a call takes less where ops overlap."""
         return sum(self.parts.values())
+
+
+def as_text(ms: float) -> str:
+    """Return a time in s, ms, us or ns with three digits."""
+    for unit, size in (("s", 1e3), ("ms", 1.0), ("us", 1e-3)):
+        if ms >= 0.9995 * size:
+            return f"{ms / size:.3g} {unit}"
+    return f"{ms / 1e-6:.3g} ns"
 
 
 def predict(costs: Costs, recipe: Recipe, groups: Sequence[Group]) -> Predicted:
@@ -132,13 +140,22 @@ def part_of(program: Program, graph: Graph) -> dict[Node, str]:
     named = {str(site): str(group.role) for group in program.groups for site in group.sites}
     for one in program.attentions:
         named[str(one.site)] = SELF_ATTENTION if one.is_self else CROSS_ATTENTION
+    # An op that does more than a linear has no site, but still reads its weight.
+    weights = {one.data: str(group.role) for group in program.groups for one in group.weights}
     found: dict[Node, str] = {}
     for node in reversed(graph.nodes):
         if node.op == "call_function":
-            site = match.site(node)
-            own = None if site is None else named.get(str(site), OTHER_LINEAR)
+            own = _of_weight(node, weights)
+            if own is None and (site := match.site(node)) is not None:
+                own = named.get(str(site), OTHER_LINEAR)
             found[node] = own or _of_readers(node, found)
     return found
+
+
+def _of_weight(node: Node, weights: Mapping[str, str]) -> str | None:
+    """Return the role of the 8-bit weight that an op reads."""
+    stored = (str(one.target) for one in node.all_input_nodes if one.op == "get_attr")
+    return next((weights[name] for name in stored if name in weights), None)
 
 
 def _of_readers(node: Node, found: Mapping[Node, str]) -> str:

@@ -57,7 +57,7 @@ def _frontier(choice: Choice) -> Html:
     ]
     ticks = [chart.Tick(at / 4, f"{low + width * at / 4:.4g} ms") for at in range(5)]
     caption = "Error of the whole model by the time of its blocks; floating point has no error"
-    return chart.scatter(marks, ticks, caption=caption)
+    return chart.scatter(marks, ticks, caption=caption, across="predicted time")
 
 
 def _label(name: str, point: Point) -> str:
@@ -78,7 +78,8 @@ def _by_depth(found: Sensitivity, dtype: str) -> Html:
         for index, one in enumerate(sites)
     ]
     ticks = chart.ticks([one.site for one in sites])
-    return chart.scatter(points, ticks, caption=f"Error at the end of the model, {dtype}, by block")
+    caption = f"Error at the end of the model, {dtype}, by block"
+    return chart.scatter(points, ticks, caption=caption, across="block")
 
 
 def _additivity(found: Sensitivity) -> str:

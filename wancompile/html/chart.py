@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from wancompile.flops import CROSS_ATTENTION, SELF_ATTENTION
 from wancompile.html.markup import Html, el, join
 from wancompile.ir.blocks import blocks
+from wancompile.ir.site import Role
 
-_TOP, _RIGHT, _BOTTOM, _LEFT = 14, 12, 34, 58
+_TOP, _RIGHT, _BOTTOM, _LEFT = 26, 12, 46, 58
+
+# What has a colour of its own in every chart; other series take those that are left, in order.
+_OWN = (*(str(role) for role in Role), SELF_ATTENTION, CROSS_ATTENTION)
+_COLOURS = 10
 
 
 @dataclass(frozen=True)
@@ -34,8 +40,10 @@ class Tick:
     label: str
 
 
-def scatter(points: Sequence[Point], ticks: Sequence[Tick], *, caption: str) -> Html:
+def scatter(points: Sequence[Point], ticks: Sequence[Tick], *, caption: str, across: str) -> Html:
     """Return the chart twice, drawn for wide and for narrow pages; the style sheet shows one.
+
+    `across` says what the horizontal axis is. A role has the same colour in all charts.
 
     Points whose value is not positive and finite cannot be drawn on a logarithmic axis and are
     left out.
@@ -43,12 +51,12 @@ def scatter(points: Sequence[Point], ticks: Sequence[Tick], *, caption: str) -> 
     drawable = [point for point in points if point.value > 0 and math.isfinite(point.value)]
     if not drawable:
         return el("p", "Nothing to draw: no value differs.", class_="note")
-    series = list(dict.fromkeys(point.series for point in drawable))
+    colours = _colours(dict.fromkeys(point.series for point in drawable))
     return el(
         "figure",
-        _legend(series),
-        _Frame(940, 340, drawable, 12).draw(drawable, ticks, series, "wide"),
-        _Frame(380, 320, drawable, 5).draw(drawable, ticks, series, "narrow"),
+        _legend(colours),
+        _Frame(940, 340, drawable, 12).draw(drawable, ticks, colours, "wide", across),
+        _Frame(380, 320, drawable, 5).draw(drawable, ticks, colours, "narrow", across),
         el("figcaption", caption),
         class_="chart",
     )
@@ -64,7 +72,17 @@ def ticks(sites: Sequence[str]) -> list[Tick]:
     return [Tick(at / last, block.rpartition(".")[2]) for block, at in first.items()]
 
 
-def _legend(series: Sequence[str]) -> Html:
+def _colours(series: Iterable[str]) -> dict[str, int]:
+    """Return the number of each series' colour."""
+    found = {name: _OWN.index(name) if name in _OWN else -1 for name in series}
+    free = [one for one in range(_COLOURS - 1) if one not in found.values()]
+    for name, colour in found.items():
+        if colour < 0:
+            found[name] = free.pop(0) if free else _COLOURS - 1
+    return found
+
+
+def _legend(colours: Mapping[str, int]) -> Html:
     buttons = [
         el(
             "button",
@@ -74,9 +92,9 @@ def _legend(series: Sequence[str]) -> Html:
             type="button",
             data_series=index,
         )
-        for index, name in enumerate(series)
+        for name, index in colours.items()
     ]
-    return el("div", buttons, class_="legend", role="group", aria_label="Show or hide a role")
+    return el("div", buttons, class_="legend", role="group", aria_label="Show or hide")
 
 
 class _Frame:
@@ -99,18 +117,23 @@ class _Frame:
         return round(_TOP + (1 - min(1.0, max(0.0, share))) * inner, 1)
 
     def draw(
-        self, points: Sequence[Point], ticks: Sequence[Tick], series: Sequence[str], name: str
+        self,
+        points: Sequence[Point],
+        ticks: Sequence[Tick],
+        colours: Mapping[str, int],
+        name: str,
+        across: str,
     ) -> Html:
-        index = {one: number for number, one in enumerate(series)}
         return el(
             "svg",
             el("g", list(self._grid()), class_="grid"),
             el("g", list(self._depths(ticks)), class_="ticks"),
-            [self._mark(point, index[point.series]) for point in points],
+            el("g", self._titles(across), class_="titles"),
+            [self._mark(point, colours[point.series]) for point in points],
             viewBox=f"0 0 {self._width} {self._height}",
             class_=name,
             role="img",
-            aria_label="Errors, on a logarithmic axis",
+            aria_label=f"Error, on a logarithmic axis, by {across}",
         )
 
     def _grid(self) -> Iterator[Html]:
@@ -125,6 +148,12 @@ class _Frame:
             x, bottom = self.x(tick.x), self._height - _BOTTOM
             yield el("line", x1=x, x2=x, y1=bottom, y2=bottom + 5)
             yield el("text", tick.label, x=x, y=bottom + 20, text_anchor="middle")
+
+    def _titles(self, across: str) -> list[Html]:
+        return [
+            el("text", "error, logarithmic", x=0, y=12),
+            el("text", across, x=self._width - _RIGHT, y=self._height - 3, text_anchor="end"),
+        ]
 
     def _mark(self, point: Point, index: int) -> Html:
         x, y = self.x(point.x), self.y(point.value)

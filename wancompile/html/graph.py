@@ -32,6 +32,12 @@ def panes(rows: Sequence[Row], before: str, after: str) -> Html:
     return el("div", head, body, class_="panes")
 
 
+def listing(found: Sequence[Line], name: str) -> Html:
+    """Return the lines of one graph in one column."""
+    rows = [el("div", _cell(line, []), class_="row same") for line in found]
+    return el("div", el("div", el("b", name), class_="row head"), rows, class_="panes alone")
+
+
 def _folded(stretch: Sequence[Row], is_first: bool, is_last: bool) -> list[Html]:
     start = 0 if is_first else CONTEXT
     end = len(stretch) - (0 if is_last else CONTEXT)

@@ -7,24 +7,30 @@ from importlib.resources import files
 from pathlib import Path
 
 from wancompile.gate.compare import Comparison
-from wancompile.html import budget, chart, gate, graph, sections
+from wancompile.html import amounts, budget, chart, gate, kinds, sections, stability
 from wancompile.html.extras import Extras, render
 from wancompile.html.markup import Html, el, join
-from wancompile.inspect import side_by_side
-from wancompile.ir.blocks import blocks
 from wancompile.program import Program
 from wancompile.report import Report
+from wancompile.times import Measured
 from wancompile.units import nbytes, percent, plural, seconds
 
 Section = tuple[str, str, str, Html]
+
+# A browser refuses every request that a page of this policy would make.
+_POLICY = (
+    "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
+    "img-src data:; media-src data:"
+)
 
 
 def write_html(
     path: str | Path,
     report: Report,
     *,
-    programs: tuple[Program, Program] | None = None,
+    programs: tuple[Program, ...] | None = None,
     comparison: Comparison | None = None,
+    measured: Measured | None = None,
     extras: Extras | None = None,
     title: str = "",
     block: str | None = None,
@@ -34,11 +40,14 @@ def write_html(
     Args:
         path: the file; folders above it are made.
         report: of `compile`, or of any program.
-        programs: two programs of the model, before and after, of which one block is shown.
+        programs: two programs of the model, before and after, or one alone; each block of them is
+            shown, those that are alike once.
         comparison: their errors site by site, from `gate.compare.compare`.
+        measured: the times of the parts, from `times.measure`; without it only those are shown
+            that the report predicts.
         extras: tables and pictures of results, shown first.
         title: what was compiled, such as the name of a checkpoint.
-        block: glob of the module to show of `programs`; the first repeated block if not given.
+        block: glob of the module to show of `programs`, in the place of the repeated blocks.
 
     Returns:
         The path.
@@ -46,23 +55,26 @@ def write_html(
     Raises:
         InputError: `block` matches nothing, or a picture has no image or video type.
     """
-    parts = _sections(report, programs, comparison, extras, block)
+    parts = _sections(report, programs, comparison, measured, extras, block)
     name = " - ".join(part for part in (title, report.recipe.name, "wancompile") if part)
     head = el(
         "head",
         el("meta", charset="utf-8"),
         el("meta", name="viewport", content="width=device-width, initial-scale=1"),
         el("meta", name="color-scheme", content="light dark"),
+        el("meta", http_equiv="Content-Security-Policy", content=_POLICY),
         el("title", name),
         el("style", _asset("report.css")),
     )
     body = el(
         "body",
+        el("a", "Skip to the report", href="#report", class_="skip"),
         _header(report, title),
-        el("nav", [el("a", link, href=f"#{key}") for key, link, _, _ in parts]),
-        el("main", [_section(*part) for part in parts]),
+        el("nav", [el("a", link, href=f"#{key}") for key, link, _, _ in parts],
+           aria_label="Parts of the report"),
+        el("main", [_section(*part) for part in parts], id="report"),
         el("script", _asset("report.js")),
-    )
+    )  # fmt: skip
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(f"<!doctype html>\n{el('html', head, body, lang='en')}\n", encoding="utf-8")
@@ -75,8 +87,9 @@ def _asset(name: str) -> Html:
 
 def _sections(
     report: Report,
-    programs: tuple[Program, Program] | None,
+    programs: tuple[Program, ...] | None,
     comparison: Comparison | None,
+    measured: Measured | None,
     added: Extras | None,
     block: str | None,
 ) -> list[Section]:
@@ -84,6 +97,9 @@ def _sections(
     if added is not None:
         parts.append(("results", "Results", "", join(render(added))))
     parts.append(("roles", "Roles", _ROLES, sections.roles(report.roles)))
+    parts.append(("weights", "Weights", "", amounts.weights(report)))
+    if report.predicted is not None or measured is not None:
+        parts.append(("times", "Time", _TIMES, amounts.times(report.predicted, measured)))
     if any(group.smoothing for group in report.groups):
         parts.append(("errors", "Errors", _ERRORS, _group_chart(report)))
     if report.choice is not None:
@@ -93,13 +109,16 @@ def _sections(
     if comparison is not None:
         parts.append(("sites", "Whole model", _sites_text(comparison), _site_chart(comparison)))
     if programs is not None:
-        chosen = block or _first_block(programs[0])
-        text = f"{chosen or 'The whole graph'}, one line a value, unchanged stretches folded."
-        parts.append(("graph", "Before and after", text, _graph(programs, chosen)))
+        name = "Before and after" if len(programs) > 1 else "The graph"
+        parts.append(("graph", name, _GRAPH, kinds.render(programs, block)))
+    if report.hoisting is not None:
+        parts.append(("hoisted", "Once a prompt", _HOISTED, amounts.hoisted(report.hoisting)))
+    if report.stability is not None:
+        parts.append(("calibration", "Calibration", _STABLE, stability.render(report.stability)))
     parts += [
         ("groups", "Groups", _GROUPS, sections.groups(report.groups, report.recipe)),
         ("passes", "Passes", _PASSES, sections.pipeline(report.records)),
-        ("skipped", "Skipped", "", sections.skipped(report)),
+        ("skipped", "Skipped", _SKIPPED, sections.skipped(report.skips)),
         ("ungrouped", "In no group", _UNGROUPED, sections.ungrouped(report.ungrouped)),
     ]
     return parts
@@ -124,6 +143,24 @@ _PASSES = (
     "In the order they ran; a line with counts opens. The last column is how far the model's "
     "output moved over a run of exact passes, where it was measured."
 )
+_TIMES = (
+    "A part is the groups of one role with the passes over memory that feed them, or a kind of "
+    "attention. Predictions rest on kernels measured at the sizes of published models: models much "
+    "smaller than these take longer than predicted."
+)
+_GRAPH = (
+    "Each block as a picture, those that are alike once: a box computes, a line carries a value, "
+    "and what only lies differently in memory is left out. Hover for the names of the values."
+)
+_HOISTED = (
+    "What depends on the prompt alone is computed when a new one comes, and kept for the steps "
+    "that follow."
+)
+_STABLE = (
+    "How far scales move between two halves of the calibration calls: what one half knows and the "
+    "other does not is what more calls would change."
+)
+_SKIPPED = "What a pass could have rewritten and did not, with the reason."
 _UNGROUPED = "Linears that stay in floating point because no group claims them."
 
 
@@ -159,7 +196,7 @@ def _summary(report: Report) -> str:
     kinds: Counter[str] = Counter()
     for group in report.groups:
         spec = report.recipe.spec_for(group)
-        kinds[spec.dtype if spec else "floating point"] += len(group.sites)
+        kinds[spec.name if spec else "floating point"] += len(group.sites)
     linears = ", ".join(f"{plural(n, 'linear')} in {kind}" for kind, n in kinds.most_common())
     attention = report.recipe.attention
     wish = f"attention with {attention}" if attention else "attention in floating point"
@@ -209,7 +246,8 @@ def _group_chart(report: Report) -> Html:
         before = found.error_plain if found.applied else None
         points.append(chart.Point(index / last, found.error, str(group.role), text, before))
     ticks = chart.ticks([str(group.key) for group in report.groups])
-    return chart.scatter(points, ticks, caption="Relative L2 error of each group by block")
+    caption = "Relative L2 error of each group by block"
+    return chart.scatter(points, ticks, caption=caption, across="block")
 
 
 def _site_chart(comparison: Comparison) -> Html:
@@ -225,17 +263,6 @@ def _site_chart(comparison: Comparison) -> Html:
         for index, one in enumerate(found)
     ]
     ticks = chart.ticks([one.site for one in found])
-    drawn = chart.scatter(points, ticks, caption="Relative L2 error of each output by block")
+    caption = "Relative L2 error of each output by block"
+    drawn = chart.scatter(points, ticks, caption=caption, across="block")
     return join(drawn, el("h3", "Largest errors"), sections.worst_sites(comparison))
-
-
-def _first_block(program: Program) -> str | None:
-    """Return the first of the repeated blocks that hold groups, None where nothing repeats."""
-    found = blocks(str(group.key) for group in program.groups)
-    return next(iter(found.values()), None)
-
-
-def _graph(programs: tuple[Program, Program], block: str | None) -> Html:
-    before, after = programs
-    rows = side_by_side(before, after, block)
-    return graph.panes(rows, before.level.name, after.level.name)

@@ -6,13 +6,13 @@ from collections.abc import Iterable, Sequence
 from itertools import groupby
 
 from wancompile.gate.compare import Comparison
-from wancompile.html.markup import Html, el
+from wancompile.html.markup import Html, el, join
 from wancompile.ir.blocks import blocks
 from wancompile.ir.edit import Note
 from wancompile.ir.site import Group, Ungrouped
 from wancompile.program import PassRecord
 from wancompile.recipe import Recipe
-from wancompile.report import Report, RoleSummary
+from wancompile.report import RoleSummary, Skip
 from wancompile.units import percent, plural, seconds
 
 # Notes with one text are listed together; past this many sites the rest is only counted.
@@ -126,7 +126,7 @@ def _group(group: Group, recipe: Recipe, names: Sequence[str]) -> Html:
     reason = el("small", group.fold_reason) if group.fold_reason else None
     cells: list[object] = [
         _members(group), group.role, group.source, [group.fold, reason],
-        spec.dtype if spec else "float",
+        spec.name if spec else "float",
         f"{smoothing.alpha:g}, {smoothing.beta:g}" if smoothing and applied else "-",
         _moved(group),
     ]  # fmt: skip
@@ -152,30 +152,41 @@ def _moved(group: Group) -> Html | str:
         return "-"
     plain = percent(group.smoothing.error_plain, 3)
     if not group.smoothing.applied:
-        return plain
+        return join(plain, el("small", group.smoothing.refusal, _rounded(group)))
     gain = group.smoothing.error_plain / max(group.smoothing.error_smoothed, 1e-30)
     after = el("b", percent(group.smoothing.error_smoothed, 3))
-    return el("span", el("s", plain), " ", after, el("small", f"{gain:.2f} times less"))
+    text = el("small", f"{gain:.2f} times less", _rounded(group))
+    return el("span", el("s", plain), " ", after, text)
 
 
-def skipped(report: Report) -> Html:
+def _rounded(group: Group) -> Html | None:
+    """Say what was done to the weights beyond rounding to nearest."""
+    found = group.rounding
+    if found is None:
+        return None
+    tried = (
+        ("clipped", found.clipped, found.clip_refusal),
+        ("GPTQ", found.gptq, found.gptq_refusal),
+    )
+    said = [name if kept else f"not {name}: {why}" for name, kept, why in tried if kept or why]
+    return el("small", f"{'; '.join(said)}: {percent(found.error, 3)}") if said else None
+
+
+def skipped(skips: Sequence[Skip]) -> Html:
     """Return what was not rewritten, one entry per pass and reason."""
-    found: dict[tuple[str, str], list[Note]] = {}
-    for record in report.records:
-        for note in record.skipped:
-            found.setdefault((record.name, note.text), []).append(note)
-    if not found:
+    if not skips:
         return el("p", "Nothing was skipped.", class_="note")
-    return el("ul", [_skip(*key, notes) for key, notes in found.items()], class_="reasons")
+    return el("ul", [_skip(one) for one in skips], class_="reasons")
 
 
-def _skip(name: str, reason: str, notes: Sequence[Note]) -> Html:
-    sources = dict.fromkeys(_short(note.source) for note in notes if note.source)
+def _skip(one: Skip) -> Html:
+    sources = dict.fromkeys(_short(note.source) for note in one.notes if note.source)
+    times = len(one.notes)
     return el(
         "li",
-        el("b", reason),
-        el("small", f"{name}, {len(notes)} times" if len(notes) > 1 else name),
-        el("code", _names([note.site for note in notes])),
+        el("b", one.reason),
+        el("small", f"{one.pass_name}, {times} times" if times > 1 else one.pass_name),
+        el("code", _names([note.site for note in one.notes])),
         [el("small", source) for source in list(sources)[:3]],
     )
 
