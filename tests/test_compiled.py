@@ -19,13 +19,13 @@ from wancompile.errors import CalibrationError, InputError, RecipeError
 from wancompile.ir import match
 from wancompile.pipeline import relative_error
 from wancompile.quant.stats import Stats
-from wancompile.recipe import QSpec, Recipe, Rule
+from wancompile.recipe import ATTENTIONS, QSpec, Recipe, Rule
 
 MIXED = Recipe(
     "mixed",
     QSpec("int8"),
     (Rule("ffn_*", QSpec("fp8")), Rule("*.attn2.*", None), Rule("*.attn2.to_q", QSpec("int8"))),
-    attention="fp8",
+    attention=ATTENTIONS["fp8"],
 )
 # The largest relative L2 error of the output that is allowed, per recipe.
 BOUNDS: Mapping[str | Recipe, float] = {
@@ -258,7 +258,8 @@ def test_it_tells_what_pipelines_ask(wan, int8):
     with int8.cache_context("cond"):
         pass
     assert not int8.training
-    assert not list(int8.parameters())
+    assert list(int8.parameters())  # accelerate asks the first one where the model is
+    assert not any(one.requires_grad for one in int8.parameters())
     assert int8.nbytes == sum(tensor.nbytes for tensor in int8.state_dict().values())
 
 
@@ -306,6 +307,16 @@ def test_a_consumed_model_gives_up_its_weights(one_block):
     )
     assert all(parameter.is_meta for parameter in again.parameters())
     assert torch.equal(output(compiled, kwargs), output(one_block.by("int8"), kwargs))
+
+
+def test_a_model_is_consumed_where_nothing_is_smoothed():
+    """Then the smoothed program is the one before it, whose weights have to stay until rounding."""
+    recipe, example = Recipe("plain", QSpec("int8", smooth=False)), zoo.example("t2v", 1)
+    made = [
+        wancompile.compile(zoo.make("t2v", 1)[0], recipe=recipe, example_inputs=example, consume=on)
+        for on in (False, True)
+    ]
+    assert torch.equal(*(output(one, example) for one in made))
 
 
 def test_two_compilations_give_the_same_bits():

@@ -114,7 +114,8 @@ def build(model: torch.nn.Module, prepared: Prepared, options: Options) -> Compi
     rounds = Rounds(chosen, stats, options.limits, evidence, probe, where, options.dump)
     smoothed = rounds.smooth(program)
     if options.consume:
-        program.release()
+        if smoothed is not program:  # as it is where nothing is to be smoothed
+            program.release()
         model.to("meta")
         gc.collect()  # what came before `program` is tied in cycles, and shares its weights
     quantized = rounds.quantize(program, smoothed, consume=options.consume)

@@ -7,7 +7,7 @@ from test_kernels_gpu import fitting, relative_error
 from torch import Tensor
 
 from wancompile import ops
-from wancompile.ops import hadamard
+from wancompile.ops.hadamard import turned as hadamard_of
 from wancompile.quant.numerics import FP8, INT8, QMAX
 
 GELU = torch.ops.wancompile.gelu_quantize.default
@@ -54,12 +54,18 @@ IN_TF32 = 0.03
 """How many values TF32, which has 10 bits, may move to the other side of a tie."""
 
 
-def assert_alike(q: Tensor, plain: Tensor, few: float = 2e-3) -> None:
-    """A value may fall to the other side of a tie, a few do."""
+def assert_alike(q: Tensor, plain: Tensor, *, in_tf32: bool = False) -> None:
+    """A value may fall to the other side of a tie, a few do.
+
+    What TF32 drops is a share of the whole row, far more than the step of e4m3 at its small values.
+    """
     assert (q.shape, q.dtype, q.is_contiguous()) == (plain.shape, plain.dtype, True)
     step = 1 if q.dtype == INT8 else plain.float().abs() / 8 + 2**-9
+    if in_tf32 and q.dtype == FP8:
+        step = step + 2.0**-10 * plain.float().norm(dim=-1, keepdim=True)
     difference = (q.float() - plain.float()).abs()
     assert (difference <= step).all()
+    few = IN_TF32 if in_tf32 else 2e-3
     assert (difference > 0).float().mean() < few + 2 / difference.numel()
 
 
@@ -178,12 +184,12 @@ def test_rotary_kernel_is_the_plain_body(cuda, dtype, shift, interleaved, shape)
 def test_turned_rotary_kernel_is_the_plain_body_but_for_tf32(cuda, dtype, shift, shape):
     args = rounded_per_head(shape, True, shift, True, dtype, cuda)
     out, plain = fitting(ROTATE, cuda, args)[0].impl(*args), ops.norm_rotate_quantize(*args)
-    assert_alike(out, plain, few=IN_TF32)
+    assert_alike(out, plain, in_tf32=True)
     part = slice(0, 300)
     x, weight, _, cos, sin, moved, scale, *_ = args
     rotated = float64_heads(x[:, part], weight, cos[part], sin[part])
     length = rotated.norm(dim=-1, keepdim=True)
-    exact = hadamard.turned(rotated)
+    exact = hadamard_of(rotated)
     exact = exact if moved is None else exact - moved[:, None]
     step = scale.double()[:, None, None]
     top = QMAX[dtype] * step
@@ -205,11 +211,11 @@ def test_rotary_kernel_finds_the_scales_of_the_plain_body(cuda, dtype, turned, i
     assert out.is_contiguous()
     assert scale.is_contiguous()
     torch.testing.assert_close(scale, plain_scale, rtol=2e-3 if args[5] else 1e-5, atol=0)
-    assert_alike(out, plain, few=IN_TF32)
+    assert_alike(out, plain, in_tf32=True)
     part = slice(max(0, shape[1] - 300), None)  # the last tokens
     x, weight, _, cos, sin, *_ = args
     rotated = float64_heads(x[:, part], weight, cos[part], sin[part])
-    exact = hadamard.turned(rotated) if args[5] else rotated
+    exact = hadamard_of(rotated) if args[5] else rotated
     step = scale[:, :, part].double()
     off = (out[:, :, part].double() * step - exact).abs()
     slack = 2.0**-10 * rotated.norm(dim=-1, keepdim=True) * args[5] + 1e-4 * step
