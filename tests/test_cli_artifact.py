@@ -229,7 +229,10 @@ def test_inspect_writes_a_page_for_each_expert(work: Path, tmp_path: Path) -> No
     names = sorted(path.name for path in tmp_path.iterdir())
     assert names == ["page.transformer.html", "page.transformer_2.html"]
     assert all(str(tmp_path / name) in err for name in names)
-    assert 'id="errors"' in (tmp_path / names[1]).read_text(encoding="utf-8")
+    text = (tmp_path / names[1]).read_text(encoding="utf-8")
+    assert 'id="errors"' in text
+    assert "<figcaption>blocks.0 at LOWERED</figcaption>" in text
+    assert "Measured op by op" not in text
 
 
 @pytest.mark.parametrize(
@@ -250,10 +253,12 @@ def test_a_saved_model_is_made_already(work: Path, argv: tuple[str, ...], messag
 # bench -----------------------------------------------------------------------------------------
 
 
-def test_bench_measures_both_on_the_same_call(work: Path) -> None:
+def test_bench_measures_both_on_the_same_call(work: Path, tmp_path: Path) -> None:
     argv = ("bench", work / "one", "--against", work / "original", "--runs", "3")
-    code, out, err = call(*argv, "--size", "1x4x4", "--json")
+    page = tmp_path / "page.html"
+    code, out, err = call(*argv, "--size", "1x4x4", "--json", "--report", page)
     assert code == 0
+    assert re.search(r"Measured op by op on CPU .*, the median of 3 runs", page.read_text())
     ((name, (saved, original)),) = json.loads(out).items()
     assert name == "one"
     assert (saved["name"], original["name"]) == ("int8", "original, float32")

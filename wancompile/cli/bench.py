@@ -18,7 +18,9 @@ from tabulate import tabulate
 from torch import Tensor
 
 from wancompile.cli import artifact, calls, target
+from wancompile.html import write_html
 from wancompile.plan import peak_bytes
+from wancompile.times import measure
 from wancompile.units import nbytes, seconds
 
 _DESCRIPTION = """\
@@ -50,6 +52,12 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         metavar="N",
         help="forwards to take the median of (default: 5)",
     )
+    parser.add_argument(
+        "--report",
+        type=Path,
+        metavar="FILE",
+        help="write a page with the time of each part of the model, a page for each transformer",
+    )
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
 
 
@@ -79,7 +87,8 @@ def run(args: argparse.Namespace) -> None:
     found = {}
     for part, folder in artifact.parts(args.artifact).items():
         name = part or folder.resolve().name
-        saved, call, made = _saved(folder, args.device, args.size, args.runs)
+        page = None if args.report is None else artifact.page(args.report, part)
+        saved, call, made = _saved(folder, name, args, page)
         found[name] = [saved]
         print(f"{name} on {args.device}: {calls.describe(call)}", file=sys.stderr)
         if args.against is not None:
@@ -92,16 +101,21 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _saved(
-    folder: Path, device: str, size: calls.Size | None, runs: int
+    folder: Path, name: str, args: argparse.Namespace, page: Path | None
 ) -> tuple[Figures, dict[str, Tensor], artifact.Made]:
     """Measure a saved model; return with it the call and what it was made of."""
     begun = _begin()
-    model = artifact.load_model(folder, device=device)
-    call = calls.random_call(model, 0, size)
-    first, forwards = _times(model, call, begun, runs)
+    model = artifact.load_model(folder, device=args.device)
+    call = calls.random_call(model, 0, args.size)
+    first, forwards = _times(model, call, begun, args.runs)
     peak = _peak(model.device) or peak_bytes()
     disk = artifact.size_on_disk(folder)
     found = Figures(model.report.recipe.name, first, forwards, peak, disk)
+    if page is not None:
+        measured = measure(model.program, call, runs=args.runs)
+        programs = (model.program,)
+        write_html(page, model.report, programs=programs, measured=measured, title=name)
+        print(f"wrote {page}", file=sys.stderr)
     return found, call, artifact.Made.of(model)
 
 

@@ -159,7 +159,8 @@ def run(args: argparse.Namespace) -> None:
         print(_summary(part or args.folder.resolve().name, model))
         if args.report is not None:
             page = artifact.page(args.report, part if len(models) > 1 else "")
-            write_html(page, model.report, title=part or args.folder.resolve().name)
+            name, programs = part or args.folder.resolve().name, (model.program,)
+            write_html(page, model.report, programs=programs, title=name)
             print(f"wrote {page}", file=sys.stderr)
     print(f"wrote {args.out}, {nbytes(artifact.size_on_disk(args.out))}", file=sys.stderr)
 

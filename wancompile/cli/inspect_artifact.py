@@ -36,7 +36,8 @@ def run(args: argparse.Namespace) -> None:
         name = part or folder.resolve().name
         if args.html is not None:
             path = artifact.page(args.html, part)
-            write_html(path, model.report, title=name, block=args.site)
+            programs = (model.program,)
+            write_html(path, model.report, programs=programs, title=name, block=args.site)
             print(f"wrote {path}", file=sys.stderr)
         elif args.to is not None or args.site is not None:
             print("\n".join(line.text for line in lines(model.program, args.site)))
