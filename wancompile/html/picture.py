@@ -16,7 +16,7 @@ _BOX, _GAP, _BEND = 148, 12, 10
 _TALL, _LOW, _ROW = 34, 22, 56
 _LETTERS = 24
 # How far a picture shrinks before it scrolls: below that its text is too small.
-_SMALLEST = 0.8
+_SMALLEST = 0.72
 # Boxes beyond which nobody reads a picture.
 _MOST = 160
 
