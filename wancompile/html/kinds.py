@@ -17,7 +17,7 @@ from wancompile.program import Program
 from wancompile.units import plural
 
 # Kinds of blocks that are drawn; where a recipe differs from block to block there may be more.
-_DRAWN, _LISTED = 12, 6
+_DRAWN, _LISTED = 8, 4
 
 _VALUE = re.compile(r"%[\w.:#]+")
 
@@ -56,12 +56,12 @@ def render(programs: Sequence[Program], wanted: str | None) -> Html:
         class_="controls",
     )  # fmt: skip
     more = len(found) - len(shown)
-    note = f"{plural(more, 'more kind')} of blocks not shown." if more else None
+    note = f"{plural(more, 'more kind')} of blocks; inspect --site NAME --html draws any one."
     return join(
         controls,
         picture.legend(),
         [_kind(programs, kind, index) for index, kind in enumerate(shown)],
-        el("p", note, class_="note") if note else None,
+        el("p", note, class_="note") if more else None,
     )
 
 
