@@ -68,7 +68,7 @@ def document(folder: Path) -> str:
 
 
 def _quality(folder: Path) -> list[str]:
-    found = [_read(path) for path in sorted(folder.glob("accuracy-*.json"))]
+    found = [_read(path) for path in sorted(folder.glob("accuracy-*.json"), reverse=True)]
     if not found:
         return []
     gpu = found[0]["measured_on"]["gpu"] or "CPU"
