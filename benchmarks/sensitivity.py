@@ -24,7 +24,7 @@ from benchmarks import record, subjects
 from wancompile import presets
 from wancompile.cost import costs
 from wancompile.demo.sampler import calls
-from wancompile.recipe import Recipe
+from wancompile.recipe import ATTENTIONS, Recipe
 from wancompile.sensitivity import Sensitivity, SiteSensitivity
 
 KINDS = ("original", "outliers")
@@ -50,7 +50,7 @@ def measure(name: str, kind: str, options: argparse.Namespace) -> dict[str, Any]
             {
                 **asdict(one),
                 "ratio": one.error / one.predicted,
-                "rank": rank_correlation(found, one.dtype),
+                "rank": rank_correlation(found, ATTENTIONS[one.dtype].dtype),
             }
             for one in found.together
         ],
@@ -87,7 +87,7 @@ def estimate(layers: int = 40, latent: presets.Latent = (21, 30, 52)) -> dict[st
     call = presets.example_inputs(subject, device="meta")
     program = wancompile.trace(presets.build(subject, device="meta"), call, dynamic=False)
     found = costs(program)
-    trials = 2 * len(found.sites) * layers
+    trials = layers * sum(len(ATTENTIONS.keys() & one.ms) for one in found.sites)
     forward = layers * found.of(Recipe("float", None), program.groups) / 1e3
     return {
         "preset": _BIG,

@@ -4,7 +4,7 @@
 |---|---|
 | a NaN or infinite weight | `NumericsError` with its name, before anything runs |
 | activations that overflow | `CalibrationError` with the sample and the linear |
-| one constant sample | groups with one distinct token stay unsmoothed; attention returns to float |
+| one constant sample | groups with one distinct token stay unsmoothed; v in fp8 sends attention to float, v in bf16 leaves it to `check` |
 | text that is all zeros | compiles; groups that read text stay unsmoothed |
 | videos of one token | nothing that reads the video is smoothed; attention returns to float |
 | samples of one timestep | compiles; `check` on other timesteps tells whether that was enough |
@@ -96,13 +96,25 @@ def test_one_constant_sample(wan):
         name: torch.full_like(tensor, 0.5 if tensor.dim() > 1 else 500.0)
         for name, tensor in calls(1)[0].items()
     }
-    compiled = wancompile.compile(wan, [constant], RECIPE)
+    compiled = wancompile.compile(wan, [constant], "int8-attention-fast")
     assert not compiled.report.gate.check.held_out
     # All text tokens are one, and so are all video tokens before their places are known.
     assert {"attn_qkv_proj", "attn_kv_proj"} <= unsmoothed(compiled)
     found = only_fallback(compiled)
     assert (found.place, found.kind, found.after) == (ATTENTION, Kind.CLIPPED, "float")
     passes_on_others(wan, compiled)
+
+
+def test_one_constant_sample_whose_attention_stays(wan):
+    """What its keys look like is within their scales; that those of others are not, `check` says."""
+    constant = {
+        name: torch.full_like(tensor, 0.5 if tensor.dim() > 1 else 500.0)
+        for name, tensor in calls(1)[0].items()
+    }
+    compiled = wancompile.compile(wan, [constant], RECIPE)
+    check = compiled.check(calls(2, first=90), reference=wan)
+    assert not check.passed
+    assert check.clipped[ATTENTION] > 0.1
 
 
 def test_text_that_is_all_zeros(wan):

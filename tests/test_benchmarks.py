@@ -90,11 +90,12 @@ def test_sensitivity(one_block, tmp_path, capsys):
     sensitivity.main(["t2v", *options, "--out", str(tmp_path)])
     found = results(tmp_path, "sensitivity")["results"]
     (one,) = found["checkpoints"]
-    assert one["trials"] == len(one["sites"]) == 2 * 8  # seven groups and an attention, two types
-    assert [each["dtype"] for each in one["together"]] == ["int8", "fp8"]
+    # Seven groups in two types, and an attention in three ways.
+    assert one["trials"] == len(one["sites"]) == 2 * 7 + 3
+    assert [each["dtype"] for each in one["together"]] == ["int8", "int8-fast", "fp8"]
     assert all(0.5 < each["ratio"] < 2 and -1 <= each["rank"] <= 1 for each in one["together"])
     assert found["estimate"]["trials"] == 40 * one["trials"]
-    assert "t2v-14b, 8,190 tokens, 640 trials" in capsys.readouterr().out
+    assert "t2v-14b, 8,190 tokens, 680 trials" in capsys.readouterr().out
 
 
 def test_ranks_are_compared_not_sizes():

@@ -22,7 +22,7 @@ from wancompile.gate.limits import Limits
 from wancompile.gate.rounds import Gate
 from wancompile.html import write_html
 from wancompile.pipeline import relative_error
-from wancompile.recipe import QSpec, Recipe, Rule, resolve
+from wancompile.recipe import ATTENTIONS, QSpec, Recipe, Rule, resolve
 from wancompile.report import Report
 
 UNSMOOTHED = Recipe("unsmoothed", QSpec("int8", smooth=False))
@@ -139,7 +139,7 @@ def test_what_is_held_out_is_not_in_the_statistics(wan, data):
     loud = [*data[:3], {**data[3], "hidden_states": 50 * data[3]["hidden_states"]}]
     gated = wancompile.compile(wan, loud, "int8-attention", limits=OPEN)
     again = wancompile.compile(wan, data[:3], "int8-attention", limits=OPEN)
-    scales = [name for name in again.program.state if name.endswith("attention_q_scale")]
+    scales = [name for name in again.program.state if name.endswith("attention_k_scale")]
     assert len(scales) == 2
     assert all(torch.equal(gated.program.state[n], again.program.state[n]) for n in scales)
     assert (gated.report.gate.check.held_out, again.report.gate.check.held_out) == (True, False)
@@ -207,7 +207,7 @@ def test_a_model_in_bf16_passes():
     check = result.report.gate.check
     assert "k_middle" in " ".join(result.program.state)
     assert check.passed
-    assert 0.005 < check.own["blocks.0.attn1:attention"] < 0.05
+    assert 0.001 < check.own["blocks.0.attn1:attention"] < 0.02
     assert 0.002 < check.outputs[0].relative < 0.05
 
 
@@ -278,12 +278,13 @@ def test_the_other_type_is_kept_where_it_helps(wan, data, stats):
     assert f"{only.place}.weight_int8" in result.program.state
 
 
-def test_an_attention_whose_own_error_is_too_large_returns_to_float(wan, data, stats, int8):
-    own = int8.report.gate.check.own
+def test_an_attention_whose_own_error_is_too_large_returns_to_float(wan, data, stats):
+    recipe = Recipe("mixed", QSpec("int8"), attention=ATTENTIONS["fp8"])
+    own = compiled(wan, data, stats, recipe, OPEN).report.gate.check.own
     sites = [f"blocks.{block}.attn1:attention" for block in (0, 1)]
     groups = max(figure for place, figure in own.items() if place not in sites)
     limit = (groups + min(own[site] for site in sites)) / 2
-    result = compiled(wan, data, stats, "int8-attention", replace(OPEN, own=limit))
+    result = compiled(wan, data, stats, recipe, replace(OPEN, own=limit))
     assert [one.place for one in result.report.gate.fallbacks] == sites
     assert "scaled_attention" not in result.program.print()
     assert "scaled_linear" in result.program.print()
