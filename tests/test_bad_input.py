@@ -4,7 +4,8 @@
 |---|---|
 | a NaN or infinite weight | `NumericsError` with its name, before anything runs |
 | activations that overflow | `CalibrationError` with the sample and the linear |
-| one constant sample | groups with one distinct token stay unsmoothed; v in fp8 sends attention to float, v in bf16 leaves it to `check` |
+| one constant sample | groups with one distinct token stay unsmoothed; attention returns to float |
+| the same, v in bf16 | attention stays, and `check` on other samples tells |
 | text that is all zeros | compiles; groups that read text stay unsmoothed |
 | videos of one token | nothing that reads the video is smoothed; attention returns to float |
 | samples of one timestep | compiles; `check` on other timesteps tells whether that was enough |
@@ -106,7 +107,7 @@ def test_one_constant_sample(wan):
 
 
 def test_one_constant_sample_whose_attention_stays(wan):
-    """What its keys look like is within their scales; that those of others are not, `check` says."""
+    """Its own keys are within their scales; that those of others are not, `check` says."""
     constant = {
         name: torch.full_like(tensor, 0.5 if tensor.dim() > 1 else 500.0)
         for name, tensor in calls(1)[0].items()

@@ -19,7 +19,7 @@ from wancompile.demo.sampler import Request, calls, sample
 from wancompile.pipeline import relative_error
 
 _STEPS = 5
-_DIGITS = {"t2v": tuple(range(10)), "i2v": (1, 4, 8)}
+_DIGITS = {"t2v": (0, 2, 3, 7, 9), "i2v": (1, 4, 8)}
 
 
 def request(name: checkpoints.Name, digits: tuple[int, ...], steps: int, seed: int) -> Request:
