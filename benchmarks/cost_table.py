@@ -33,7 +33,6 @@ _COLUMNS = {
     "int8-attention": "int8",
     "int8-attention-fast": "int8-fast",
 }
-_OWN_SCALES = "norm_rotate_quantize_per_token"
 # With values in bf16 attention has 787 and 763 TFLOP/s at 32,760 and 75,600 tokens, with values in
 # e4m3 883 and 893 in the same run (benchmarks.attention_variants): for results that have no such
 # column.
@@ -69,19 +68,9 @@ def _all_done(results: Sequence[Mapping[str, Any]]) -> Iterator[Done]:
     for cell in results:
         row, column = h100_plan.ROWS[cell["row"]], cell["column"]
         if column in _COLUMNS:
-            yield from _ours(cell["profile"], row.tokens, _attention_in(cell))
+            yield from _ours(cell["profile"], row.tokens, _COLUMNS[column])
         elif column == _COMPILED:
             yield from _compiled(cell["profile"], row)
-
-
-def _attention_in(cell: Mapping[str, Any]) -> str:
-    """Return what attention is in a column of ours.
-
-    Before queries in int8 had scales of their own, their values were in e4m3.
-    """
-    name = _COLUMNS[cell["column"]]
-    has_own = any(_OWN_SCALES in one["op"] for one in cell["profile"])
-    return "int8-fast" if name == "int8" and not has_own else name
 
 
 def _ours(profile: Iterable[Mapping[str, Any]], tokens: int, attention: str) -> Iterator[Done]:

@@ -91,7 +91,7 @@ def test_targets_are_met_or_not_or_not_measured():
         "fp8-attention", [90.0], [40.0], rates={"copy": 2000.0}, profile=[norm_entry]
     )  # 25 ms a layer
     peer = cell("compile-sdpa", slow, fast)
-    int8 = cell("int8-attention", [93.0], [41.0])
+    int8 = cell("int8-attention-fast", [93.0], [41.0])
     whole = {"row": ROW, "column": "whole", "first_call_s": 61.0, "peak_gib": {"40": 20.0},
              "forward_ms": {"40": [1000.0]}}  # fmt: skip
     found = {(one.text, one.where): one for one in h100_figures.targets(
