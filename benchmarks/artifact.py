@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from tabulate import tabulate
 
 import wancompile
 from benchmarks import record
-from benchmarks.h100_model import build, calibration, inputs, synchronize
+from benchmarks.h100_model import build, calibration, inputs, peak_gib, seconds, synchronize
 from benchmarks.h100_plan import Row
 from wancompile import presets
 
@@ -64,40 +64,22 @@ def load(options: argparse.Namespace, folder: Path, started: float) -> dict[str,
     model = wancompile.load(folder, device=device)
     synchronize(device)
     loaded = time.time()
-    first = _seconds(lambda: model(**call), device)
+    first = seconds(lambda: model(**call), device)
     found = {
         "import_s": ready - started,
         "load_s": loaded - ready,
         "first_call_s": first,
-        "second_call_s": _seconds(lambda: model(**call), device),
+        "second_call_s": seconds(lambda: model(**call), device),
         "weights_gib": model.nbytes / GIB,
-        "peak_gib": _peak(lambda: model(**call), device),
+        "peak_gib": peak_gib(lambda: model(**call), device, 0.0),
     }
     other = wancompile.load(folder, device=device)
-    found["two_experts_peak_gib"] = _peak(lambda: (model(**call), other(**call)), device)
+    found["two_experts_peak_gib"] = peak_gib(lambda: (model(**call), other(**call)), device, 0.0)
     return found
 
 
 def _row(options: argparse.Namespace) -> Row:
     return Row(_NAME, options.preset, presets.find(options.preset).latent, "")
-
-
-def _seconds(run: Callable[[], object], device: torch.device) -> float:
-    started = time.perf_counter()
-    run()
-    synchronize(device)
-    return time.perf_counter() - started
-
-
-def _peak(run: Callable[[], object], device: torch.device) -> float:
-    """Return the most memory of the device in use during `run`, in GiB; 0 on a CPU."""
-    if device.type != "cuda":
-        run()
-        return 0.0
-    torch.cuda.reset_peak_memory_stats(device)
-    run()
-    synchronize(device)
-    return torch.cuda.max_memory_allocated(device) / GIB
 
 
 def measure(argv: Sequence[str], options: argparse.Namespace) -> dict[str, Any]:

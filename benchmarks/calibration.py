@@ -27,7 +27,7 @@ from tabulate import tabulate
 
 from benchmarks import record
 from benchmarks.calibration_observers import observers
-from benchmarks.h100_model import build, clear, synchronize
+from benchmarks.h100_model import build, clear, seconds, synchronize
 from benchmarks.h100_plan import Row
 from wancompile import passes, pipeline, presets
 from wancompile.calibrate import Calibration
@@ -142,15 +142,12 @@ def _plain_forwards(
     steps: Steps, model: torch.nn.Module, calls: Sequence[dict[str, Any]], device: torch.device
 ) -> float:
     """Return the median seconds of a forward; the first one warms up."""
-    seconds = []
+    each = []
     with steps("plain forwards") as line, torch.no_grad():
         for call in (calls[0], *calls):
-            started = time.perf_counter()
-            model(**call)
-            synchronize(device)
-            seconds.append(time.perf_counter() - started)
-        line["each"] = seconds
-    return statistics.median(seconds[1:])
+            each.append(seconds(lambda c=call: model(**c), device))
+        line["each"] = each
+    return statistics.median(each[1:])
 
 
 def _compile(
@@ -182,7 +179,7 @@ def _unobserved(
     normal: Program, calls: Sequence[dict[str, Any]], device: torch.device
 ) -> list[float]:
     run = place(normal, device)
-    return [_timed(lambda c=call: run(**c), device) for call in calls]
+    return [seconds(lambda c=call: run(**c), device) for call in calls]
 
 
 def _calibrate(
@@ -192,7 +189,7 @@ def _calibrate(
         calibration = Calibration(normal, device=device)
         kinds = [KINDS[1 + index % 2] for index in range(len(calls))]
         line["each"] = [
-            _timed(lambda c=call, k=kind: calibration.observe(c, k), device)
+            seconds(lambda c=call, k=kind: calibration.observe(c, k), device)
             for call, kind in zip(calls, kinds, strict=True)
         ]
     with steps("statistics"):
@@ -273,13 +270,6 @@ def _moved(call: dict[str, Any], device: torch.device) -> dict[str, Any]:
     return {
         name: one.to(device) if isinstance(one, torch.Tensor) else one for name, one in call.items()
     }
-
-
-def _timed(run: Any, device: torch.device) -> float:
-    started = time.perf_counter()
-    run()
-    synchronize(device)
-    return time.perf_counter() - started
 
 
 def _table(lines: Sequence[dict[str, Any]], headers: Sequence[str]) -> str:

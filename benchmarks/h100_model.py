@@ -74,6 +74,14 @@ def milliseconds(forward: Forward, device: torch.device) -> float:
     return float(start.elapsed_time(end))
 
 
+def seconds(run: Forward, device: torch.device) -> float:
+    """Time what keeps the host busy, too, until the device is done with it."""
+    started = time.perf_counter()
+    run()
+    synchronize(device)
+    return time.perf_counter() - started
+
+
 def synchronize(device: torch.device) -> None:
     """Wait until the device has done everything asked of it."""
     if device.type == "cuda":

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -123,16 +122,7 @@ def _percent(value: float | None) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure, write and print."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("names", nargs="*", default=subjects.NAMES, metavar="t2v|i2v")
-    parser.add_argument("--videos", type=int, default=4, help="to calibrate on")
-    parser.add_argument("--steps", type=int, default=8)
-    parser.add_argument("--held-out-videos", type=int, default=2)
-    parser.add_argument("--held-out-steps", type=int, default=4)
-    parser.add_argument("--out", type=Path, default=record.RESULTS)
-    options = parser.parse_args(argv)
+    options = subjects.options(__doc__, argv)
     results = [measure(name, options) for name in options.names]
     print(record.write(options.out, "smoothing", record.settings(options), results))
     print(end_to_end(results), per_role(results), sep="\n\n")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import copy
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from benchmarks import record
 from training.train import request
 from wancompile.demo import checkpoints
 from wancompile.demo.sampler import Request
@@ -23,6 +26,20 @@ from rescale import inject_outliers  # noqa: E402
 
 # Video i is drawn from seed + i: these must lie further apart than videos are asked for.
 _CALIBRATION_SEED, _HELD_OUT_SEED = 0, 1000
+
+
+def options(description: str | None, argv: Sequence[str] | None) -> argparse.Namespace:
+    """Return which checkpoints are asked for, and how many videos calibrate and judge them."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("names", nargs="*", default=NAMES, metavar="t2v|i2v")
+    parser.add_argument("--videos", type=int, default=4, help="to calibrate on")
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--held-out-videos", type=int, default=2)
+    parser.add_argument("--held-out-steps", type=int, default=4)
+    parser.add_argument("--out", type=Path, default=record.RESULTS)
+    return parser.parse_args(argv)
 
 
 def load(name: str) -> Any:

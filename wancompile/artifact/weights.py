@@ -75,7 +75,7 @@ def write(
     """
     for name, tensor in state.items():
         _check(name, tensor)
-    parts = _split(state, limit)
+    parts = shards(state, limit)
     return tuple(
         _write_shard(folder / f"weights-{number:05}-of-{len(parts):05}.safetensors", part)
         for number, part in enumerate(parts, start=1)
@@ -95,7 +95,8 @@ def _real(tensor: torch.Tensor) -> torch.Tensor:
     return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 
-def _split(state: Mapping[str, torch.Tensor], limit: int) -> list[dict[str, torch.Tensor]]:
+def shards(state: Mapping[str, torch.Tensor], limit: int) -> list[dict[str, torch.Tensor]]:
+    """Cut `state` into parts of at most `limit` bytes, or of one tensor that is larger."""
     parts: list[dict[str, torch.Tensor]] = [{}]
     filled = 0
     for name, tensor in state.items():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import json
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch
 
 from wancompile import presets
 from wancompile.errors import InputError
+from wancompile.presets.folder import read_json
 from wancompile.presets.preset import FACTORIES
 
 INDEX = "model_index.json"
@@ -43,7 +43,7 @@ def open_pipeline(folder: Path, dtype: torch.dtype) -> Any:
     Raises:
         InputError: parts are missing, or cannot be loaded.
     """
-    index = _index(folder)
+    index = read_json(folder / INDEX)
     pipeline, parts = _class(folder, index), _parts(folder, index)
     import diffusers
     from transformers.utils import logging
@@ -114,17 +114,6 @@ def read_image(path: Path) -> Any:
         raise InputError(f"{path} is no picture that can be read") from error
     except OSError as error:
         raise InputError(f"the image {path} cannot be read: {error.strerror or error}") from error
-
-
-def _index(folder: Path) -> dict[str, Any]:
-    index = folder / INDEX
-    try:
-        found = json.loads(index.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{index} cannot be read: {error}") from error
-    if not isinstance(found, dict):
-        raise InputError(f"{index} holds no JSON object")
-    return found
 
 
 def _class(folder: Path, index: Mapping[str, Any]) -> Any:

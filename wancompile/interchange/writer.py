@@ -18,6 +18,7 @@ from torch import Tensor
 
 from wancompile import presets
 from wancompile.artifact import facts
+from wancompile.artifact.weights import shards
 from wancompile.compiled import CompiledModel
 from wancompile.errors import ArtifactError, InputError
 from wancompile.interchange.formats import FORMATS, Contents
@@ -115,7 +116,7 @@ def _parameters(
 
 def _write_folder(folder: Path, stem: str, made: Contents) -> None:
     folder.mkdir()
-    parts = _split(made.tensors)
+    parts = shards(made.tensors, SHARD_BYTES)
     names = [f"{stem}-{at:05}-of-{len(parts):05}.safetensors" for at in range(1, len(parts) + 1)]
     if len(parts) == 1:
         names = [f"{stem}.safetensors"]
@@ -132,18 +133,6 @@ def _write_folder(folder: Path, stem: str, made: Contents) -> None:
     for name, data in documents.items():
         text = json.dumps(data, indent=2, sort_keys=True, allow_nan=False)
         (folder / name).write_text(f"{text}\n", encoding="utf-8")
-
-
-def _split(tensors: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
-    parts: list[dict[str, Tensor]] = [{}]
-    filled = 0
-    for name, tensor in tensors.items():
-        if parts[-1] and filled + tensor.nbytes > SHARD_BYTES:
-            parts.append({})
-            filled = 0
-        parts[-1][name] = tensor
-        filled += tensor.nbytes
-    return parts
 
 
 def _write_file(path: Path, tensors: Mapping[str, Tensor]) -> None:

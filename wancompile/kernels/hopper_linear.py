@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from wancompile.kernels.base import Kernel, aligned, lacks_float, lacks_gluon
+from wancompile.kernels.product import product
 from wancompile.kernels.triton_linear import fits_tensor_cores
 from wancompile.ops.linear import (
     check_scaled_linear,
@@ -27,20 +28,9 @@ def linear_hopper(
 ) -> Tensor:
     """`scaled_linear`, as `linear_triton` computes it: int8 is the plain body bit for bit."""
     check_scaled_linear(x, x_scale, weight, weight_scale, bias, out_dtype)
-    rows = x.reshape(-1, x.shape[-1])
-    out = x.new_empty((rows.shape[0], weight.shape[0]), dtype=out_dtype)
-    if out.numel():
-        from wancompile.kernels.jit import linear_hopper as jit
+    from wancompile.kernels.jit.linear_hopper import launch
 
-        jit.launch(
-            aligned(rows),
-            row_scales(x_scale),
-            aligned(weight),
-            weight_scale.contiguous(),
-            None if bias is None else bias.contiguous(),
-            out,
-        )
-    return out.view(*x.shape[:-1], weight.shape[0])
+    return product(launch, x, x_scale, weight, weight_scale, bias, out_dtype)
 
 
 linear_hopper.register_fake(fake_scaled_linear)

@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor
 
-from wancompile.kernels.base import Kernel, aligned, lacks_float, lacks_hopper, lacks_multiple
-from wancompile.ops.linear import check_scaled_linear, fake_scaled_linear, row_scales
+from wancompile.kernels.base import Kernel, lacks_float, lacks_hopper, lacks_multiple
+from wancompile.kernels.product import product
+from wancompile.ops.linear import check_scaled_linear, fake_scaled_linear
 from wancompile.quant.numerics import FP8
 
 _SHALLOW = 1536  # 1,234 TFLOP/s to 1,135; at 5,120 it is 1,247 to 1,319
@@ -25,20 +26,9 @@ def linear_triton(
     running sum than fp32 has, as `torch._scaled_mm` with fast accumulation does.
     """
     check_scaled_linear(x, x_scale, weight, weight_scale, bias, out_dtype)
-    rows = x.reshape(-1, x.shape[-1])
-    out = x.new_empty((rows.shape[0], weight.shape[0]), dtype=out_dtype)
-    if out.numel():
-        from wancompile.kernels.jit import linear
+    from wancompile.kernels.jit.linear import launch
 
-        linear.launch(
-            aligned(rows),
-            row_scales(x_scale),
-            aligned(weight),
-            weight_scale.contiguous(),
-            None if bias is None else bias.contiguous(),
-            out,
-        )
-    return out.view(*x.shape[:-1], weight.shape[0])
+    return product(launch, x, x_scale, weight, weight_scale, bias, out_dtype)
 
 
 linear_triton.register_fake(fake_scaled_linear)

@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from wancompile.kernels.base import Kernel, aligned
+from wancompile.kernels.base import Kernel
+from wancompile.kernels.product import product
 from wancompile.kernels.triton_linear import lacks_shapes
-from wancompile.ops.linear import row_scales
 from wancompile.ops.linear_gelu import check_linear_gelu, fake_linear_gelu
 
 
@@ -24,23 +24,11 @@ def linear_gelu_quantize_triton(
     """`linear_gelu_quantize` in one pass: nothing of more than 8 bits leaves the chip."""
     linear = x, x_scale, weight, weight_scale, bias
     check_linear_gelu(*linear, approximate, inv_smooth, out_scale, out_dtype)
-    rows = x.reshape(-1, x.shape[-1])
-    out = x.new_empty((rows.shape[0], weight.shape[0]), dtype=out_dtype)
-    if out.numel():
-        from wancompile.kernels.jit import linear as jit
-        from wancompile.kernels.jit.activation import Gelu
+    from wancompile.kernels.jit.activation import Gelu
+    from wancompile.kernels.jit.linear import launch
 
-        inverse = None if inv_smooth is None else inv_smooth.contiguous()
-        jit.launch(
-            aligned(rows),
-            row_scales(x_scale),
-            aligned(weight),
-            weight_scale.contiguous(),
-            None if bias is None else bias.contiguous(),
-            out,
-            activation=Gelu(approximate, inverse, out_scale),
-        )
-    return out.view(*x.shape[:-1], weight.shape[0])
+    inverse = None if inv_smooth is None else inv_smooth.contiguous()
+    return product(launch, *linear, out_dtype, activation=Gelu(approximate, inverse, out_scale))
 
 
 linear_gelu_quantize_triton.register_fake(fake_linear_gelu)

@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from wancompile.kernels.base import Kernel, aligned, lacks_float, lacks_triton_device
+from wancompile.kernels.base import Kernel, lacks_float, lacks_triton_device
+from wancompile.kernels.product import product
 from wancompile.kernels.triton_linear import lacks_shapes
 from wancompile.ops.linear import row_scales
 from wancompile.ops.low_rank import (
@@ -41,22 +42,10 @@ def linear_low_rank_triton(
 ) -> Tensor:
     """`scaled_linear_low_rank` in one pass: `low @ up.T` is added before anything is stored."""
     check_scaled_linear_low_rank(x, x_scale, weight, weight_scale, bias, low, up, out_dtype)
-    rows = x.reshape(-1, x.shape[-1])
-    out = x.new_empty((rows.shape[0], weight.shape[0]), dtype=out_dtype)
-    if out.numel():
-        from wancompile.kernels.jit import linear
+    from wancompile.kernels.jit.linear import launch
 
-        linear.launch(
-            aligned(rows),
-            row_scales(x_scale),
-            aligned(weight),
-            weight_scale.contiguous(),
-            None if bias is None else bias.contiguous(),
-            out,
-            low=low.reshape(-1, low.shape[-1]).contiguous(),
-            up=up.contiguous(),
-        )
-    return out.view(*x.shape[:-1], weight.shape[0])
+    branch = {"low": low.reshape(-1, low.shape[-1]).contiguous(), "up": up.contiguous()}
+    return product(launch, x, x_scale, weight, weight_scale, bias, out_dtype, **branch)
 
 
 low_rank_down_triton.register_fake(fake_low_rank_down)

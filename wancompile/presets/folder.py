@@ -31,12 +31,12 @@ def from_folder(path: Path | str) -> Preset:
     """
     root = Path(path)
     folder = _transformer_folder(root)
-    preset = as_preset(_read_json(folder / "config.json"))
+    preset = as_preset(read_json(folder / "config.json"))
     pipeline = folder.parent if folder == root else root
     index = pipeline / "model_index.json"
     changes: dict[str, Any] = {"name": root.resolve().name}
     if index.is_file():
-        entries = _read_json(index)
+        entries = read_json(index)
         changes["per_token_timestep"] = bool(entries.get("expand_timesteps"))
         changes["experts"] = sum(
             (pipeline / name / "config.json").is_file() for name in ("transformer", "transformer_2")
@@ -58,7 +58,7 @@ def load(
     """
     folder = _transformer_folder(Path(path))
     with _parameters_on_meta():
-        model = build(_read_json(folder / "config.json"), layers=layers, device="cpu", dtype=dtype)
+        model = build(read_json(folder / "config.json"), layers=layers, device="cpu", dtype=dtype)
     wanted = model.state_dict()
     found = _read_weights(folder, {name: tensor.dtype for name, tensor in wanted.items()})
     missing = sorted(wanted.keys() - found.keys())
@@ -102,7 +102,7 @@ def _weight_files(folder: Path) -> list[Path]:
     single = folder / "diffusion_pytorch_model.safetensors"
     index = folder / f"{single.name}.index.json"
     if index.is_file():
-        names = set(_read_json(index).get("weight_map", {}).values())
+        names = set(read_json(index).get("weight_map", {}).values())
         return [folder / name for name in sorted(names)]
     return [single]
 
@@ -114,7 +114,8 @@ def _transformer_folder(root: Path) -> Path:
     raise InputError(f"{root} has neither transformer/config.json nor config.json")
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the object that a file of JSON holds; raise `InputError` if it holds none."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
