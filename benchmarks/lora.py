@@ -56,7 +56,7 @@ class Subject:
         self.first_s: dict[str, float] = {}
         self.swap_s: dict[str, float] = {}
         for name, lora in loras.items():
-            one = CompiledModel(whole._fused, whole.report, whole.config, whole.dtype)
+            one = CompiledModel(whole.fused, whole.report, whole.config, whole.dtype)
             self.first_s[name], self.swap_s[name] = self._load(one, lora), self._load(one, lora)
             self._models[name] = one
 

@@ -189,6 +189,14 @@ class CompiledModel(TakesLoras, PipelinePart):
         return self._loop is not None and self._loop.away
 
     @property
+    def fused(self) -> Program:
+        """The program at level FUSED, which `save` writes and `program` is lowered from.
+
+        It is the same for every device, and holds no LoRA but those that were merged.
+        """
+        return self._fused
+
+    @property
     def dtype(self) -> torch.dtype:
         """The floating-point type of the original model's weights."""
         return self._dtype

@@ -73,7 +73,7 @@ def write(
         raise InputError(f"{target} exists already: give the name of a new one")
     kind = FORMATS[format]
     config = _config(compiled)
-    plain = Plain(compiled._fused, _parameters(originals))
+    plain = Plain(compiled.fused, _parameters(originals))
     made = kind.make(plain, _wanted(config, compiled.dtype), config)
     hidden = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}")
     try:
