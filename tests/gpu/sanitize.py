@@ -22,7 +22,8 @@ import torch
 from torch._ops import OpOverload
 
 from wancompile.kernels import KERNELS
-from wancompile.quant.numerics import FP8, INT8
+from wancompile.quant.gptq import Feedback, round_weight
+from wancompile.quant.numerics import FP8, INT8, absmax_scale
 
 LINEAR_RESIDUAL = torch.ops.wancompile.scaled_linear_residual.default
 TOKENS = (1, 130)
@@ -38,10 +39,21 @@ def main() -> None:
                 kernel.impl(*args)
                 torch.cuda.synchronize()
                 never.discard(kernel.name)
+    round_weights(device)
     print(f"ran {len(KERNELS) - len(never)} kernels")
     print(f"did not fit: {', '.join(sorted(never)) or 'none'}")
     if len(never) == len(KERNELS):
         sys.exit("no kernel runs on this device")
+
+
+def round_weights(device: torch.device) -> None:
+    """GPTQ, whose kernel belongs to no op."""
+    for dtype in (INT8, FP8):
+        for rows, channels in ((1, 1), (130, 200)):
+            weight, x = torch.randn(rows, channels, device=device), torch.randn(64, channels)
+            scale = absmax_scale(weight, -1, dtype)
+            round_weight(weight, scale, dtype, Feedback.of(x.to(device)))
+    torch.cuda.synchronize()
 
 
 def cases(device: torch.device) -> Iterator[Case]:

@@ -21,10 +21,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from wancompile.kernels.triton_quantize import lacks_type
 from wancompile.quant.numerics import QTensor, decode, quantize
 
-# Columns whose errors are spread one by one; those behind them wait for a product.
-_BLOCK = 128
+# Columns whose errors are spread one by one; those behind them wait for a product. As many errors
+# fit into the registers of a thread.
+_BLOCK = 64
 # Shares of the mean of the Gram matrix's diagonal that are added to it, until it has a factor.
 _DAMPING = (0.01, 0.1, 1.0)
 
@@ -72,13 +74,35 @@ def round_weight(weight: Tensor, scale: Tensor, dtype: torch.dtype, feedback: Fe
     Holds two more tensors of the size of the weight. Where inputs are uncorrelated, the result is
     that of rounding to nearest, bit for bit.
     """
-    columns, scales = weight.T[feedback.order], scale.flatten()
+    columns, scales = weight.T[feedback.order].contiguous(), scale.flatten()
     errors, data = torch.empty_like(columns), torch.empty_like(columns, dtype=dtype)
     for start in range(0, len(columns), _BLOCK):
         block = slice(start, min(start + _BLOCK, len(columns)))
         moved = feedback.spread[:start, block].T @ errors[:start]
-        for j in range(block.start, block.stop):
-            data[j] = quantize(columns[j] + moved[j - start], scales, dtype)
-            errors[j] = columns[j] - decode(data[j]) * scales
-            moved[j - start + 1 :].addr_(feedback.spread[j, j + 1 : block.stop], errors[j])
+        spread = feedback.spread[block, block]
+        round_columns(columns[block], moved, scales, spread, data[block], errors[block])
     return QTensor(data[feedback.order.argsort()].T.contiguous(), scale)
+
+
+def round_columns(
+    columns: Tensor, moved: Tensor, scale: Tensor, spread: Tensor, data: Tensor, errors: Tensor
+) -> None:
+    """Round a block of columns, each making up for those before it in the block.
+
+    Args:
+        columns: `[C, N]` fp32, in the order in which they are rounded.
+        moved: `[C, N]` fp32, what the blocks before add to the targets; overwritten.
+        scale: `[N]` fp32.
+        spread: `[C, C]` fp32, what is above its diagonal of that of `Feedback`.
+        data: `[C, N]`, int8 or e4m3: what they are rounded to, written here.
+        errors: `[C, N]` fp32, `columns - data * scale`, written here.
+    """
+    if lacks_type(columns.device, data.dtype) is None:
+        from wancompile.kernels.jit import round_columns as kernel
+
+        kernel.round_columns(columns, moved, scale, spread, data, errors)
+        return
+    for j, column in enumerate(columns):
+        data[j] = quantize(column + moved[j], scale, data.dtype)
+        errors[j] = column - decode(data[j]) * scale
+        moved[j + 1 :].addr_(spread[j, j + 1 :], errors[j])
