@@ -17,6 +17,7 @@ from torch import nn
 
 import wancompile
 from wancompile.artifact import document, weights
+from wancompile.artifact.graph import OPS
 from wancompile.artifact.load import Config
 from wancompile.compiled import CompiledModel
 from wancompile.demo import checkpoints
@@ -53,6 +54,13 @@ def origins(program: Program) -> list[tuple[object, ...]]:
         (node.name, match.site(node), match.module_path(node), match.source_line(node))
         for node in program.graph.nodes
     ]
+
+
+def test_signatures_of_ops_are_those_of_this_format(golden):
+    """An op that comes or goes needs the golden file anew; one that changes, a new VERSION, too."""
+    names = sorted(name for name in OPS if name.startswith("wancompile."))
+    lines = [f"format {document.VERSION}", *(str(OPS[name]._schema) for name in names)]
+    golden("\n".join(lines) + "\n")
 
 
 def test_outputs_are_the_same_bits(pair):

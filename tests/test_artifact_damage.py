@@ -142,7 +142,13 @@ def test_a_diffusers_folder_is_no_artifact(tmp_path):
 
 @pytest.mark.parametrize(
     ("version", "reason"),
-    [(2, "newer than 1, .*: upgrade wancompile"), (0, "format 0; this"), ("2", "format '2'")],
+    [
+        (document.VERSION + 1, f"newer than {document.VERSION}, .*: upgrade wancompile"),
+        (document.VERSION - 1, f"older than {document.VERSION}, .*: compile the model again"),
+        (1, "format 1, older than"),
+        (0, "format 0; this"),
+        ("2", "format '2'"),
+    ],
 )
 def test_other_formats_are_refused(artifact, monkeypatch, version, reason):
     data = document.read(artifact)

@@ -16,8 +16,15 @@ from wancompile.errors import ArtifactError
 
 FILE = "wancompile.json"
 FORMAT = "wancompile-artifact"
-VERSION = 1
-"""Grows with every change that older readers would misread."""
+VERSION = 2
+"""Grows with every change that older readers would misread, or that misreads what was older.
+
+    2  norms and rotations that round say whether they turn what they round, attention has scales of
+       its queries: graphs of format 1 leave these arguments out
+
+`tests/golden/test_signatures_of_ops_are_those_of_this_format.txt` holds the signatures that graphs
+of this format rely on.
+"""
 
 
 def render(data: Mapping[str, Any]) -> str:
@@ -44,7 +51,7 @@ def read(folder: Path) -> dict[str, Any]:
     """Return the data of the document in `folder`.
 
     Raises:
-        ArtifactError: there is none, it is not one of ours, it is of a newer format, or damaged.
+        ArtifactError: there is none, it is not one of ours, it is of another format, or damaged.
     """
     path = folder / FILE
     try:
@@ -69,6 +76,11 @@ def _check_version(path: Path, found: Mapping[str, Any]) -> None:
         raise ArtifactError(
             f"{path} has format {version}, newer than {VERSION}, the last that this version of "
             "wancompile reads: upgrade wancompile"
+        )
+    if type(version) is int and 0 < version < VERSION:
+        raise ArtifactError(
+            f"{path} has format {version}, older than {VERSION}, the only one that this version of "
+            "wancompile reads: compile the model again, or load it with the version that saved it"
         )
     if version != VERSION:
         raise ArtifactError(f"{path} has format {version!r}; this version reads {VERSION}")

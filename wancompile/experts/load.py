@@ -36,7 +36,7 @@ def load(
             with SHA instructions. Without it a changed byte of a weight goes unnoticed.
 
     Raises:
-        ArtifactError: there is no artifact, or it is damaged, incomplete, of a newer format, or
+        ArtifactError: there is no artifact, or it is damaged, incomplete, of another format, or
             names an op that is not known.
         InputError: there is no such device.
     """
