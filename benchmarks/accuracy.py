@@ -3,7 +3,8 @@
     python -m benchmarks.accuracy [t2v i2v] [--count 50] [--budget 240]
 
 Each trained checkpoint, as it is and with outlier channels, makes the same videos by every column:
-in floating point, quantized by peers, and by ours. All are compared with the checkpoint in float32.
+in floating point, quantized by peers, and by ours. All are compared with the checkpoint in float32,
+and all are calibrated on the same calls of the schedule that is sampled with, as a user would.
 
 - one-step error: relative L2 distance of the model's output, on calls of the float32 model that
   nothing was calibrated on;
@@ -32,7 +33,7 @@ from benchmarks import accuracy_table, record, subjects
 from benchmarks.accuracy_columns import COLUMNS, Column, Subject, Unavailable, cast
 from training.classifier import Classifier
 from wancompile.demo.quality import psnr, ssim, temporal_error
-from wancompile.demo.sampler import Request, calls, sample
+from wancompile.demo.sampler import Request, sample
 
 KINDS = ("plain", "outliers")
 Calls = Sequence[Mapping[str, Any]]
@@ -118,8 +119,11 @@ def measure(name: str, kind: str, options: argparse.Namespace, deadline: float) 
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     reference = Reference(name, options)
     model = reference.model if kind == "plain" else subjects.with_outliers(reference.model)
-    shown = subjects.calibration(name, options.calibration_videos, options.calibration_steps)
-    subject = Subject(model, calls(model, [shown]), is_reference=model is reference.model)
+    steps = options.calibration_steps or options.steps
+    shown = subjects.calibration(name, options.calibration_videos, steps)
+    subject = Subject(
+        model, subjects.alternating(model, shown), is_reference=model is reference.model
+    )
     found: dict[str, Any] = {
         "checkpoint": name,
         "kind": kind,
@@ -192,7 +196,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--every", type=int, default=5, help="calls from one that counts to the next"
     )
     parser.add_argument("--calibration-videos", type=int, default=4)
-    parser.add_argument("--calibration-steps", type=int, default=8)
+    parser.add_argument("--calibration-steps", type=int, help="as many as --steps if not given")
     parser.add_argument("--jobs", type=int, default=1, help="subjects that run side by side")
     parser.add_argument("--budget", type=float, default=float("inf"), help="seconds for all")
     parser.add_argument("--out", type=Path, default=record.RESULTS)

@@ -16,7 +16,7 @@ from torch import nn
 from benchmarks import record
 from training.train import request
 from wancompile.demo import checkpoints
-from wancompile.demo.sampler import Request
+from wancompile.demo.sampler import Request, calls
 
 NAMES = checkpoints.NAMES
 
@@ -26,6 +26,8 @@ from rescale import inject_outliers  # noqa: E402
 
 # Video i is drawn from seed + i: these must lie further apart than videos are asked for.
 _CALIBRATION_SEED, _HELD_OUT_SEED = 0, 1000
+# Of one step of guided sampling: with the prompt, and without.
+_CALLS = 2
 
 
 def options(description: str | None, argv: Sequence[str] | None) -> argparse.Namespace:
@@ -66,6 +68,19 @@ def calibration(name: str, videos: int, steps: int) -> Request:
     """Return the videos whose sampling shows a model's activations to the compiler."""
     asked, _ = request(name, videos, _CALIBRATION_SEED)
     return replace(asked, steps=steps)
+
+
+def alternating(model: Any, asked: Request) -> list[dict[str, Any]]:
+    """Return every second step of sampling, of the first half of the videos and of the other.
+
+    Both halves together walk through the whole schedule, the first from its first step on, and are
+    as many forwards as one half takes. Each step is a call with the prompt and one without.
+    """
+    size = -(-len(asked.prompts) // 2)
+    halves = [
+        calls(model, [part(asked, start, size)]) for start in range(0, len(asked.prompts), size)
+    ]
+    return [halves[at // _CALLS % len(halves)][at] for at in range(len(halves[0]))]
 
 
 def held_out(name: str, videos: int, steps: int) -> tuple[Request, torch.Tensor]:
