@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help check format test test-gpu sanitize bench bench-gpu
+.PHONY: help check format docs test test-gpu sanitize bench bench-gpu
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -12,6 +12,10 @@ check:  ## lint, format, types
 format:  ## fix what ruff can fix
 	ruff check --fix .
 	ruff format .
+
+docs:  ## what is written from docstrings and from raw results
+	python -m docs.api > docs/api.md.new && mv docs/api.md.new docs/api.md
+	python -m benchmarks.document > BENCHMARKS.md.new && mv BENCHMARKS.md.new BENCHMARKS.md
 
 test:  ## all tests, a file to a worker; those that need a GPU skip themselves
 	pytest -n auto --dist loadfile

@@ -24,8 +24,9 @@ Watch = Callable[[Node, tuple[Any, ...], Any], None]
 class PassRecord:
     """What one pass did to one program, how long it took, and how exact it was.
 
-    `error` is the relative L2 difference of the program's output before and after, where the
-    runner was asked to measure it; None elsewhere.
+    `identity` is the pass with its options, `level` what it gave. `error` is the relative L2
+    difference of the program's output before and after, where the runner was asked to measure it;
+    None elsewhere.
     """
 
     name: str
@@ -43,8 +44,8 @@ class PassRecord:
 class Program:
     """A graph that runs, at one level of the compiler.
 
-    Invariants: `graph` reads stored tensors by their name in `state` and takes the inputs of
-    `signature` in order; it is never edited once the program exists (passes edit a `draft`); it
+    Invariants: `graph` reads stored tensors by their qualified name in `state` and takes the inputs
+    of `signature` in order; it is never edited once the program exists (passes edit a `draft`); it
     runs at every level, so two levels of a model can be compared output by output.
     """
 
@@ -145,7 +146,7 @@ class Program:
         return self.module.graph
 
     def watched(self, watch: Watch, *args: Any, **kwargs: Any) -> Any:
-        """Run the program as a call does, and show `watch` every op, its operands and its result.
+        """Run the program as a call does, and show `watch` each node, its operands and its result.
 
         Values are let go after their last reader, as in any run: what `watch` wants it must keep.
         """
@@ -167,7 +168,11 @@ class Program:
         return found
 
     def print(self, names: str = "fx") -> str:
-        """Return the graph as text, one line a node."""
+        """Return the graph as text, one line a node.
+
+        `names` is "fx" for the names in the graph, or "canonical" for such as do not depend on how
+        the program was made, by which two can be compared.
+        """
         return text.render(self.graph, names=names)
 
     @property

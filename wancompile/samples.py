@@ -25,8 +25,11 @@ from wancompile.signature import flatten, name_arguments, parameters_of
 class Sample:
     """One call of the model for calibration, and its kind.
 
-    `call` holds the named (a mapping) or positional (a sequence) arguments of forward, `label` is
-    one of `KINDS`.
+    `call` holds the named (a mapping) or positional (a sequence) arguments of forward. `label` is
+    "cond" with the prompt, "uncond" without it, or "": kinds by which statistics are kept apart.
+
+    Raises:
+        InputError: there is no such label.
     """
 
     call: Mapping[str, Any] | Sequence[Any]
@@ -40,6 +43,8 @@ class Sample:
 
 Call = dict[str, Any]
 CalibData = Iterable[Sample | Mapping[str, Any] | Sequence[Any]] | Callable[..., Any]
+"""Calls of a model, each a `Sample`, or named or positional arguments; or what runs the model."""
+
 Run = Callable[[Call, str], Any]
 """Takes the named arguments of a call, and its kind; returns what the model returns."""
 

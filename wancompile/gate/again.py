@@ -18,6 +18,7 @@ from wancompile.program import Program
 from wancompile.signature import name_arguments, parameters_of
 
 Inputs = Mapping[str, Any] | Sequence[Mapping[str, Any] | Sequence[Any]]
+"""One call by name, or several, each by name or by position."""
 
 
 def check_again(

@@ -29,7 +29,10 @@ class Kind(StrEnum):
 
 @dataclass(frozen=True)
 class Violation:
-    """A figure that is beyond its limit, or no number."""
+    """A figure that is beyond its limit, or no number.
+
+    By `kind` the figure is a relative L2 error, a share of values, or a count of broken ones.
+    """
 
     kind: Kind
     place: str
@@ -64,7 +67,7 @@ class Check:
     values. Places are sites, paths of blocks, or "output".
 
     Attributes:
-        outputs: of the output of the model, one for each call; empty without a reference.
+        outputs: errors of the output of the model, one for each call; empty without a reference.
         blocks: of what leaves each repeated block, over all calls.
         sites: of each linear and attention, over all calls.
         own: relative L2 error that a group makes by itself on sampled tokens, by its first member;

@@ -19,15 +19,13 @@ class Limits:
     held-out video, with and without the prompt. Healthy is the largest figure of the four recipes
     by name, broken the smallest of int8 without smoothing on outlier channels.
 
-    ==========  =======  ======
-    figure      healthy  broken
-    ==========  =======  ======
-    `own`         6.1 %    59 %
-    `site`       11.8 %   107 %
-    `block`       5.8 %    59 %
-    `output`      3.7 %    39 %
-    `clipped`    0.07 %
-    ==========  =======  ======
+    | figure    | healthy | broken |
+    |-----------|---------|--------|
+    | `own`     |   6.1 % |   59 % |
+    | `site`    |  11.8 % |  107 % |
+    | `block`   |   5.8 % |   59 % |
+    | `output`  |   3.7 % |   39 % |
+    | `clipped` |  0.07 % |        |
 
     With random weights in three layers of the largest model and attention in 8 bits, the output is
     7 % off.
@@ -42,6 +40,9 @@ class Limits:
         clipped: share of the values of an operand with a calibrated scale that got the largest
             code of its type.
         broken: NaN and infinite values where the original has none.
+
+    Raises:
+        InputError: a limit is no number, or below 0.
     """
 
     own: float = 0.15

@@ -23,7 +23,7 @@ _ORIGIN_KEYS = ("nn_module_stack", "stack_trace", "site")
 
 @dataclass(frozen=True)
 class Note:
-    """One thing a pass did, or did not do and why."""
+    """One thing a pass did, or did not do and why: where, in words, and the model's source line."""
 
     site: str
     text: str

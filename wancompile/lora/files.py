@@ -25,6 +25,7 @@ _ORIGINAL_ONLY = (".self_attn.", ".cross_attn.")
 _SETTINGS = "lora_adapter_metadata"
 
 Stored = str | Path | Mapping[str, Tensor]
+"""A safetensors file, or the tensors in one by their names."""
 
 
 def read(lora: Stored) -> dict[str, Tensor]:

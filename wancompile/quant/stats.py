@@ -24,7 +24,7 @@ FORMAT = "wancompile-stats-4"
 
 @dataclass(frozen=True, eq=False)
 class ChannelStats:
-    """Statistics of one producer value `[..., C]`, on N lines; see `quant/lines.py`.
+    """Statistics of one producer value `[..., C]`, on N lines; see `wancompile/quant/lines.py`.
 
     `amax [N, C]` fp32: largest magnitude per channel; `count [N]` int64: distinct rows seen;
     `sample [R, C]`: a uniform sample of distinct rows, `priority [R]` fp64 ascending; rows of
@@ -60,7 +60,7 @@ class ChannelStats:
 
 @dataclass(frozen=True, eq=False)
 class HeadStats:
-    """The range of one attention operand `[B, H, S, D]`, on M lines; see `quant/lines.py`.
+    """The range of one attention operand `[B, H, S, D]`, on M lines, see `ChannelStats`.
 
     Of q and k it is that of the Hadamard transform where D is a power of two.
 
@@ -116,7 +116,7 @@ class Stats:
     model: str = ""
 
     def calls_of(self, label: str) -> int:
-        """Return the number of calls of the kind `label`, one of `lines.KINDS`."""
+        """Return the number of calls of the kind `label`: "cond", "uncond" or "", any other."""
         ranges, kind = len(self.edges) - 1, lines.KINDS.index(label)
         starts = (lines.line_of(half, kind, 0, ranges) for half in range(lines.HALVES))
         return sum(sum(self.tally[start : start + ranges]) for start in starts)

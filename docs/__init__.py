@@ -1,0 +1,1 @@
+"""The documents, and what writes the one that is made from docstrings."""
