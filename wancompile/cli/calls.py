@@ -32,14 +32,14 @@ Size = str | Latent
 Shapes = dict[str, tuple[int, ...]]
 
 
-def add_size(parser: Options) -> None:
-    """Add the option for the size of the latents."""
+def add_size(parser: Options, default: str = "as of a call of its calibration") -> None:
+    """Add the option for the size of the latents; `default` says what holds without it."""
     parser.add_argument(
         "--size",
         type=size,
         metavar="SIZE",
         help=f"{', '.join(_USUAL)}, or frames, height and width of the latents as FxHxW, such as "
-        "21x60x104 (default: one at hand)",
+        f"21x60x104 (default: {default})",
     )
 
 

@@ -124,7 +124,7 @@ def _add_of_pipelines(parser: argparse.ArgumentParser) -> None:
 def _add_of_transformers(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("a transformer alone")
     group.add_argument("--stats", type=Path, metavar="FILE", help="what a calibration has learned")
-    calls.add_size(group)
+    calls.add_size(group, "x".join(map(str, _SMALL)))
 
 
 def _limit(text: str) -> Limits | None:

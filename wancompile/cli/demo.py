@@ -30,10 +30,16 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         metavar="DIR",
         help="where to write (default: wancompile-demo)",
     )
-    parser.add_argument("--steps", type=target.positive, metavar="N", help="sampling steps")
-    parser.add_argument("--seed", type=int, metavar="S", help="seed of the first noise")
     parser.add_argument(
-        "--digit", type=int, choices=range(10), metavar="D", help="the digit to show, 0 to 9"
+        "--steps", type=target.positive, metavar="N", help="sampling steps (default: 16)"
+    )
+    parser.add_argument("--seed", type=int, metavar="S", help="of the first noise (default: 0)")
+    parser.add_argument(
+        "--digit",
+        type=int,
+        choices=range(10),
+        metavar="D",
+        help="the digit to show, 0 to 9 (default: 7)",
     )
     parser.add_argument(
         "--model",
