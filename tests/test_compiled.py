@@ -260,9 +260,7 @@ def test_it_tells_what_pipelines_ask(wan, int8):
     assert not int8.training
     assert list(int8.parameters())  # accelerate asks the first one where the model is
     assert not any(one.requires_grad for one in int8.parameters())
-    int8.hoist(0)  # else what a new prompt needs is a program of its own
-    stored = {name.removeprefix("graph.") for name in int8.state_dict()}
-    int8.hoist()
+    stored = {name.removeprefix("lowered.") for name in int8.state_dict()}
     left = int8.program.state.keys() - stored  # what LoRAs alone ask for, kept beside the graph
     assert all(name.endswith(("_inputs", "_outputs")) for name in left)
     assert int8.nbytes == sum(tensor.nbytes for tensor in int8.program.state.values())

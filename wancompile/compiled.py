@@ -13,6 +13,7 @@ import torch
 from wancompile import hoist, passes, pipeline
 from wancompile.artifact.save import save
 from wancompile.errors import ArtifactError, InputError
+from wancompile.forward import OriginalForward
 from wancompile.gate.again import Inputs, check_again
 from wancompile.gate.check import Check
 from wancompile.gate.evidence import Evidence
@@ -85,7 +86,7 @@ class CompiledModel(TakesLoras, PipelinePart):
         found = hoist.find(self._fused, wish.inputs) if wish.prompts else None
         if found is None:
             self.report = replace(self.report, hoisting=None)
-            self.graph = self.program.module
+            self.lowered = self.program.module
             return
         away = wish.offload and self._device.type != "cpu"
         if away:
@@ -99,7 +100,8 @@ class CompiledModel(TakesLoras, PipelinePart):
         self.report = replace(
             self.report, hoisting=self._loop.described(hoist.facts(self._fused, found))
         )
-        self.graph = self._loop.body
+        # Registered is what torch.export may need; what is away has no place on the device.
+        self.lowered = self._loop.body if away else self.program.module
 
     def hoist(
         self, prompts: int = 2, *, inputs: Sequence[str] | None = None, offload: bool = False
@@ -129,15 +131,32 @@ class CompiledModel(TakesLoras, PipelinePart):
         self._lower(self._device)
         gc.collect()  # what ran until now is tied in cycles, and holds weights that may have moved
 
+    @OriginalForward
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the program; arguments and result are those of the original model."""
+        """Run the program; arguments and result are those of the original model.
+
+        `torch.export.export` captures the whole program: it has no place to keep what belongs to
+        a prompt.
+        """
         signature = self.program.signature
         call = name_arguments(signature.parameters, signature.defaults, args, kwargs)
         if "return_dict" in signature.parameters and call.get("return_dict") is None:
             call["return_dict"] = True
-        with torch.no_grad():
-            leaves = (self._loop or self.graph)(*signature.bind((), call))
+        tensors = signature.bind((), call)
+        if torch.compiler.is_exporting():
+            leaves = self._whole(*tensors)
+        else:
+            with torch.no_grad():
+                leaves = (self._loop or self.lowered)(*tensors)
         return wrap_output(signature.unflatten(leaves), call)
+
+    def _whole(self, *tensors: torch.Tensor) -> Any:
+        if self._is_away:
+            raise InputError(
+                "weights that only a new prompt needs are on the host, where an exported program "
+                "would not find them: call hoist() before torch.export"
+            )
+        return self.lowered(*tensors)
 
     def check(
         self,
