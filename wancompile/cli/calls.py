@@ -32,7 +32,7 @@ Size = str | Latent
 Shapes = dict[str, tuple[int, ...]]
 
 
-def add_size(parser: Options, default: str = "as of a call of its calibration") -> None:
+def add_size(parser: Options, default: str = "that of a calibration call") -> None:
     """Add the option for the size of the latents; `default` says what holds without it."""
     parser.add_argument(
         "--size",
