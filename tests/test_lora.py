@@ -67,6 +67,12 @@ def subject(request) -> Subject:
     return subject_of(request.param)
 
 
+@pytest.fixture(scope="module", params=["int8", "fp8"])
+def nearest(request) -> Subject:
+    """Weights rounded to nearest, which is what merging does to those that it touches."""
+    return subject_of(Recipe("nearest", QSpec(request.param)))
+
+
 @pytest.fixture(scope="module")
 def mixed() -> Subject:
     """One group in floating point, whose rows smoothing has scaled all the same; one static."""
@@ -94,16 +100,16 @@ def test_a_branch_is_as_near_as_the_model_without(subject, model, rank):
 
 
 @pytest.mark.parametrize("rank", [4, 32])
-def test_merged_it_is_as_near_with_the_original_and_a_little_farther_without(subject, rank):
-    lora = loras.random(subject.float, rank)
-    reference = loras.with_lora(subject.float, (1.0, lora))
-    without = subject.error(subject.compiled, subject.float)
-    exact, twice = subject.fresh(), subject.fresh()
-    exact.merge_lora(loras.as_peft(lora), reference=subject.float)
+def test_merged_it_is_as_near_with_the_original_and_a_little_farther_without(nearest, rank):
+    lora = loras.random(nearest.float, rank)
+    reference = loras.with_lora(nearest.float, (1.0, lora))
+    without = nearest.error(nearest.compiled, nearest.float)
+    exact, twice = nearest.fresh(), nearest.fresh()
+    exact.merge_lora(loras.as_peft(lora), reference=nearest.float)
     twice.merge_lora(loras.as_peft(lora))
     # Weights are rounded anew, which moves errors either way: at most to 1.34 and 1.70 in 16 draws.
-    assert subject.error(exact, reference) < 1.5 * without
-    assert subject.error(twice, reference) < 2 * without
+    assert nearest.error(exact, reference) < 1.5 * without
+    assert nearest.error(twice, reference) < 2 * without
 
 
 @pytest.mark.parametrize("subject", ["int8"], indirect=True)

@@ -124,8 +124,19 @@ def test_each_expert_gets_its_own():
     assert parts.keys() == {"transformer", "transformer_2"}
     assert_same(parse(parts["transformer"]), high)
     assert_same(parse(parts["transformer_2"]), low)
+
+
+def test_what_names_no_part_is_for_none():
+    high = pairs(1)
     bare = {name.removeprefix("transformer."): one for name, one in loras.as_peft(high).items()}
-    assert_same(parse(split(bare)["transformer"]), high)
+    for stored in (bare, original_names(high, "diffusion_model.", RANK)):
+        ((part, found),) = split(stored).items()
+        assert part == ""
+        assert_same(parse(found), high)
+    stored = {**loras.as_peft(high), "denoise.proj_out.lora_A.weight": torch.ones(RANK, WIDTH)}
+    parts = split(stored, ["denoise", "transformer"])
+    assert parts["denoise"].keys() == {"proj_out.lora_A.weight"}
+    assert_same(parse(parts["transformer"]), high)
 
 
 @pytest.fixture(scope="module")

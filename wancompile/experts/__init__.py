@@ -8,6 +8,7 @@
 | `make` | `compile` and `calibrate` for pipelines |
 | `compiled` | `CompiledPipeline` and its report |
 | `attach` | compiled experts in a pipeline: what must fit, and what it may no longer be asked for |
+| `loras` | LoRAs: which expert gets what of one |
 | `facts` | what is known of an expert besides its program |
 | `save`, `load` | one folder for all experts |
 """

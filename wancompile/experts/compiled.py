@@ -11,6 +11,7 @@ from tabulate import tabulate
 from wancompile.compiled import CompiledModel
 from wancompile.experts.attach import attach
 from wancompile.experts.facts import Calibrated
+from wancompile.experts.loras import ExpertsTakeLoras
 from wancompile.experts.pipe import Pipeline
 from wancompile.experts.save import save
 from wancompile.report import Report
@@ -46,8 +47,11 @@ class PipelineReport:
         return [name, str(known.calls), known.span, sizes, error]
 
 
-class CompiledPipeline:
+class CompiledPipeline(ExpertsTakeLoras):
     """The compiled transformers of one pipeline, to be attached to it and saved together.
+
+    LoRAs come and go with `load_lora`, `set_lora` and `unload_lora`, or are merged with
+    `merge_lora`, whether it is attached or not.
 
     Attributes:
         experts: the compiled models by the name that they have in the pipeline.

@@ -7,7 +7,7 @@ What names them as the original Wan does (ComfyUI, Kohya) goes through diffusers
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,33 +37,49 @@ def read(lora: Stored) -> dict[str, Tensor]:
     Raises:
         LoraError: there is no such file, or it is of no kind that is known here.
     """
-    if isinstance(lora, Mapping):
-        return _converted({str(name): tensor for name, tensor in lora.items()})
-    try:
-        with safe_open(str(lora), framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            settings = (file.metadata() or {}).get(_SETTINGS)
-    except Exception as error:
-        raise LoraError(f"{lora} cannot be read as safetensors: {error}") from error
-    found = _converted(tensors)
-    return found if settings is None else {**_alphas(found, settings, str(lora)), **found}
+    return _named(*_stored(lora), str(lora))
 
 
-def split(lora: Stored) -> dict[str, dict[str, Tensor]]:
+def split(lora: Stored, parts: Collection[str] = PARTS) -> dict[str, dict[str, Tensor]]:
     """Return what a LoRA has for each part of a pipeline, by the name of the part.
 
-    Of A14B, whose two experts are `transformer` and `transformer_2`, each may have a LoRA of its
-    own. What names no part is for `transformer`.
+    Names that diffusers gives begin with that of the part; of A14B, whose two experts are
+    `transformer` and `transformer_2`, each may have a LoRA of its own. What names no part, as the
+    original Wan, Kohya and PEFT do not, is under the empty name.
+
+    Args:
+        lora: as for `read`.
+        parts: the names that a part may have.
 
     Raises:
         LoraError: as for `read`.
     """
-    parts: dict[str, dict[str, Tensor]] = {}
-    for name, tensor in read(lora).items():
+    stored, settings = _stored(lora)
+    # Asked here, for diffusers' converters say `transformer` of whatever they rename.
+    are_named = any(name.partition(".")[0] in parts for name in stored)
+    found: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in _named(stored, settings, str(lora)).items():
         part, _, rest = name.partition(".")
-        part, rest = (part, rest) if part in PARTS else (PARTS[0], name)
-        parts.setdefault(part, {})[rest] = tensor
-    return parts
+        part, rest = (part, rest) if are_named and part in parts else ("", name)
+        found.setdefault(part, {})[rest] = tensor
+    return found
+
+
+def _stored(lora: Stored) -> tuple[dict[str, Tensor], str | None]:
+    """Return the tensors by their own names, and the settings that diffusers stores beside them."""
+    if isinstance(lora, Mapping):
+        return {str(name): tensor for name, tensor in lora.items()}, None
+    try:
+        with safe_open(str(lora), framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return tensors, (file.metadata() or {}).get(_SETTINGS)
+    except Exception as error:
+        raise LoraError(f"{lora} cannot be read as safetensors: {error}") from error
+
+
+def _named(tensors: dict[str, Tensor], settings: str | None, path: str) -> dict[str, Tensor]:
+    found = _converted(tensors)
+    return found if settings is None else {**_alphas(found, settings, path), **found}
 
 
 def _converted(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

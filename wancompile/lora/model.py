@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 
@@ -44,8 +45,8 @@ class TakesLoras:
 
         Args:
             lora: a safetensors file, or what is in one, with the names of diffusers or PEFT, of the
-                original Wan (ComfyUI) or of Kohya's tools. Of A14B it is that of this expert, see
-                `wancompile.lora.files.split`.
+                original Wan (ComfyUI) or of Kohya's tools. Of A14B it is that of this expert; a
+                `CompiledPipeline` tells them apart.
             name: what `set_lora` and `unload_lora` call it; one of that name is replaced.
             scale: how much of it is added, times alpha / rank where the LoRA has an alpha.
             strict: whether a linear that this model has not is an error; if not, it is left out,
@@ -55,8 +56,7 @@ class TakesLoras:
             LoraError: with the name, where it is broken or of another model. The model, and the
                 LoRAs that it has, are then as they were.
         """
-        adapter = self._read(lora, strict=strict)
-        self._have({**self._branches.loras, name: Lora(adapter, _number(name, scale))})
+        self.add_adapter(self.read_lora(lora, strict=strict), name, scale)
 
     def set_lora(self, scales: Mapping[str, float]) -> None:
         """Say how much of each loaded LoRA is added; of those not named, nothing.
@@ -108,14 +108,50 @@ class TakesLoras:
             LoraError: as for `load_lora`, or `reference` is another model.
             NumericsError: a weight becomes infinite.
         """
-        adapter = self._read(lora, strict=strict)
-        whole = self._fused.to(self._device)
-        scale = _number("the LoRA", scale)
-        self._fused = merge(whole, self._branches.places, adapter, scale, reference)
-        self._lower(self._device)
+        self.merge_adapter(self.read_lora(lora, strict=strict), scale, reference)
 
-    def _read(self, lora: Stored, *, strict: bool) -> Adapter:
+    # For whoever has several models, and must know that all of them can before one does.
+
+    def read_lora(self, lora: Stored, *, strict: bool = True) -> Adapter:
+        """Return a LoRA by the paths of this model's linears, which it fits; nothing is loaded.
+
+        Raises:
+            LoraError: as for `load_lora`.
+        """
         return fitting(parse(read(lora)), self._branches.places, strict=strict)
+
+    def add_adapter(self, adapter: Adapter, name: str, scale: float) -> None:
+        """Do what `load_lora` does with what `read_lora` returned."""
+        lora = Lora(adapter, _number(name, scale))
+        with self.restoring():
+            self._have({**self._branches.loras, name: lora})
+
+    def merge_adapter(
+        self, adapter: Adapter, scale: float, reference: torch.nn.Module | None
+    ) -> None:
+        """Do what `merge_lora` does with what `read_lora` returned."""
+        scale = _number("the LoRA", scale)
+        with self.restoring():
+            whole = self._fused.to(self._device)
+            self._fused = merge(whole, self._branches.places, adapter, scale, reference)
+            self._lower(self._device)
+
+    @contextmanager
+    def restoring(self) -> Iterator[None]:
+        """Have weights and LoRAs as they were if what is done inside does not succeed.
+
+        Until then the weights that are merged into are there twice.
+        """
+        fused, loras = self._fused, self._branches.loras
+        try:
+            yield
+        except BaseException:
+            if self._fused is not fused:
+                self._fused = fused
+                self._lower(self._device)
+            if self._branches.loras is not loras:
+                self._have(loras)
+            raise
 
     def _need(self, name: str) -> None:
         known = self._branches.loras
