@@ -69,7 +69,7 @@ def _part(parts: Mapping[str, Path], wanted: str | None) -> tuple[str, Path]:
         return next(iter(parts.items()))
     if wanted is None or wanted not in parts:
         named = ", ".join(name for name in parts if name) or "one model without a name"
-        raise InputError(f"say with --part which model to write: there is {named}")
+        raise InputError(f"say with --part which model to write: there are {named}")
     return wanted, parts[wanted]
 
 
