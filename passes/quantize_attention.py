@@ -20,6 +20,8 @@ of k - c is the narrowest there is, and the step of its 8 bits is proportional t
 
 The op rounds v itself, to e4m3 or bf16, since tensor cores want it in an order of their own.
 
+Ranges are worth what they were seen on: with too few different tokens an attention is left alone.
+
 Cross-attention stays as it is: over a few hundred text tokens it is 1.5 % of the work.
 """
 
@@ -39,7 +41,9 @@ from wancompile.ir.edit import Draft
 from wancompile.ir.levels import Level
 from wancompile.ir.site import Attention, Fold, Group, Site
 from wancompile.ops.hadamard import has_hadamard
+from wancompile.passes.smooth import stats_of as inputs_of
 from wancompile.quant.head_scales import HeadScales
+from wancompile.quant.judge import FEWEST, different, few
 from wancompile.quant.stats import HeadStats, Stats
 from wancompile.recipe import AttentionSpec, Recipe
 
@@ -72,8 +76,13 @@ class QuantizeAttention:
                 reason = reason or "the recipe leaves it in floating point"
                 draft.skip(attention.site, reason, node)
                 continue
+            heads = stats_of(self.stats, attention, node)
+            reason = too_few_tokens(self.stats, attention, nodes, groups)
+            if reason:
+                draft.skip(attention.site, reason, node)
+                continue
             inverse = value_inverse(draft.state, attention, groups)
-            found = HeadScales.of(stats_of(self.stats, attention, node), inverse, spec.torch_dtype)
+            found = HeadScales.of(heads, inverse, spec.torch_dtype)
             _Rewriting(draft, attention, node, spec).run(found)
 
 
@@ -133,6 +142,24 @@ def stats_of(stats: Stats | None, attention: Attention, node: Node) -> dict[str,
             )
         found[operand] = one
     return found
+
+
+def too_few_tokens(
+    stats: Stats | None,
+    attention: Attention,
+    nodes: Mapping[Site, Node],
+    groups: Mapping[Site, Group],
+) -> str:
+    """Return why calibration saw too little for this self-attention; empty where it saw enough.
+
+    What its ranges rest on are the tokens that its projections read. Raises `CalibrationError`
+    where there are no statistics of them.
+    """
+    if stats is None:
+        return ""  # `stats_of` says so
+    group = next(one for one in groups.values() if attention.q in one.sites)
+    seen = len(different(inputs_of(stats, group, nodes[attention.q]).tokens))
+    return "" if seen >= FEWEST else few(seen, "trust its ranges")
 
 
 def is_turned(node: Node) -> bool:

@@ -27,7 +27,7 @@ from wancompile.ir.levels import Level
 from wancompile.ir.site import Fold, Group, Site, Smoothing
 from wancompile.passes.choose_folds import weight_readers
 from wancompile.passes.folds import affine, modulation, value_rows
-from wancompile.quant.judge import different
+from wancompile.quant.judge import different, few
 from wancompile.quant.search import Candidate, Choice, Weights, choose
 from wancompile.quant.stats import ChannelStats, Stats
 from wancompile.recipe import Recipe
@@ -80,7 +80,7 @@ class Smooth:
         choice = choose(amax, weights, tokens, spec.torch_dtype)
         if choice is None:
             count = len(different(tokens))
-            draft.skip(group.key, f"only {count} different tokens to judge a scale by")
+            draft.skip(group.key, few(count, "judge a scale"))
             return None
         reason = _obstacle(choice, spec.smooth, members, shared)
         if reason:

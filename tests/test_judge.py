@@ -69,6 +69,24 @@ def test_each_different_row_is_kept_once_where_it_came_first(rows, width):
     assert found[:, 0].tolist() == list(dict.fromkeys(map(float, rows)))
 
 
+def test_copies_with_other_last_bits_are_one_token():
+    """The first channel is nothing but last bits, and the second as large as all the others."""
+    token = torch.randn(1, 32)
+    token[0, :2] = torch.tensor([0.0, 100.0])
+    copies = token * (1 + 1e-6 * torch.randn(50, 32))
+    copies[:, 0] = 1e-7 * torch.randn(50)
+    assert len(copies.unique(dim=0)) == 50
+    assert torch.equal(different(copies), copies[:1])
+    assert len(different(torch.cat([copies, torch.randn(2, 32), 0 * token]))) == 50 + 3
+    assert len(different(torch.cat([copies, torch.randn(2, 32)]))) == 3
+
+
+def test_a_large_channel_that_all_share_hides_no_token():
+    tokens = torch.randn(20, 32)
+    tokens[:, 7] = 1e5
+    assert torch.equal(different(tokens), tokens)
+
+
 def test_halves_take_turns():
     first, second = halves(torch.arange(5, dtype=torch.bfloat16)[:, None])
     assert first.flatten().tolist() == [0, 2, 4]

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -29,7 +30,9 @@ from wancompile.errors import CalibrationError
 from wancompile.ir import match
 from wancompile.ir.site import Fold, Site
 from wancompile.passes import QuantizeAttention, Smooth
+from wancompile.quant.judge import FEWEST
 from wancompile.recipe import ATTENTIONS, QSpec, Recipe
+from wancompile.trials import trials
 
 sdpa = F.scaled_dot_product_attention
 # Sylvester's, of heads of four.
@@ -260,6 +263,29 @@ def test_an_attention_that_the_recipe_excepts_stays():
     program = pipeline.run(program, [QuantizeAttention(recipe, calibrated(program))])
     assert "scaled_attention" not in counts(program)
     assert skips(program) == ["the recipe leaves it in floating point"]
+
+
+@pytest.mark.parametrize("name", ATTENTIONS)
+@pytest.mark.parametrize("seen", [1, 3, 4])
+def test_too_few_different_tokens_leave_it_in_floating_point(name, seen):
+    program, recipe = normal(attend, **WEIGHTS), attention_only(name)
+    stats = calibrated(program, X[:1, :seen].repeat(2, 3, 1))
+    after = pipeline.run(program, [QuantizeAttention(recipe, stats)])
+    enough = seen >= FEWEST
+    assert ("scaled_attention" in counts(after)) == enough
+    text = f"only {seen} of the 4 different tokens that it takes to trust its ranges"
+    assert skips(after) == ([] if enough else [text])
+    # Nor is it measured for a recipe that is chosen by its errors.
+    assert [str(one.site) for one in trials(program, recipe, stats)] == ["attention"] * enough
+
+
+def test_statistics_without_tokens_are_refused():
+    program = normal(attend, **WEIGHTS)
+    stats = replace(calibrated(program), channels={})
+    with pytest.raises(CalibrationError, match="they are of another model") as caught:
+        pipeline.run(program, [QuantizeAttention(attention_only(), stats)])
+    assert caught.value.site == "wq"
+    assert caught.value.pass_name == "quantize_attention"
 
 
 def test_a_recipe_without_attention_changes_nothing():

@@ -184,7 +184,10 @@ def test_three_tokens_judge_nothing():
     before = normal(stream)
     after = smoothed(before, only(Role.ATTN_QKV), {"x": X[:1, :3]})
     assert after.groups[0].smoothing is None
-    assert after.records[-1].skipped[0].text == "only 3 different tokens to judge a scale by"
+    assert (
+        after.records[-1].skipped[0].text
+        == "only 3 of the 4 different tokens that it takes to judge a scale"
+    )
 
 
 def test_a_channel_that_never_spoke_keeps_its_weights():

@@ -22,6 +22,7 @@ from wancompile.passes.quantize_attention import (
     obstacle,
     softmax_scale,
     stats_of,
+    too_few_tokens,
     value_inverse,
 )
 from wancompile.passes.quantize_linears import take_up_scale
@@ -60,7 +61,8 @@ def trials(program: Program, recipe: Recipe, stats: Stats | None) -> list[Trial]
     """Return one trial for each group and self-attention that `recipe` puts in 8 bits, in order.
 
     `program` is smoothed as it is to be. Without statistics, which static scales come from,
-    attentions are left out, and so are linears with such a scale.
+    attentions are left out, and so are linears with such a scale; attentions also where calibration
+    saw too few tokens.
 
     Raises:
         CalibrationError: the statistics have nothing for a site.
@@ -71,7 +73,9 @@ def trials(program: Program, recipe: Recipe, stats: Stats | None) -> list[Trial]
     found = [_of_group(program, group, nodes, stats, spec) for group, spec in specs if spec]
     for attention in program.attentions if stats is not None else ():
         spec, node = recipe.attention_for(attention.site), nodes[attention.site]
-        if spec is not None and not obstacle(attention, node):
+        if spec is None or obstacle(attention, node):
+            continue
+        if not too_few_tokens(stats, attention, nodes, groups):
             found.append(_of_attention(program, attention, node, groups, stats, spec))
     position = match.position(program.module.graph)
     kept = [one for one in found if one.roundings]
