@@ -16,14 +16,15 @@ from typing import Any
 
 import wancompile
 from docs.rendering import Constant, described, title
-from wancompile import backend, errors, interchange, presets, recipe, samples
+from wancompile import backend, errors, interchange, pipeline, presets, recipe, samples
+from wancompile import inspect as inspect_program
 from wancompile.auto import Choice, Point
-from wancompile.experts import pipe, play
+from wancompile.experts import loras, pipe, play
 from wancompile.experts.compiled import PipelineReport
 from wancompile.experts.facts import Calibrated
 from wancompile.gate import again
 from wancompile.gate.check import Kind, Violation
-from wancompile.gate.compare import SiteError
+from wancompile.gate.compare import Comparison, SiteError, compare
 from wancompile.gate.fallback import Fallback
 from wancompile.gate.rounds import Gate
 from wancompile.hoist import Hoisting
@@ -37,7 +38,7 @@ from wancompile.quant.stats import ChannelStats, HeadStats
 from wancompile.report import RoleSummary, Skip, Stored
 from wancompile.sensitivity import SiteSensitivity, Together
 from wancompile.signature import InputSpec, Signature
-from wancompile.times import PartTime, Predicted
+from wancompile.times import Measured, PartTime, Predicted, measure
 
 _HEAD = """\
 # API
@@ -99,6 +100,8 @@ SECTIONS = (
             SiteError,
             Violation,
             Kind,
+            compare,
+            Comparison,
             wancompile.sensitivity,
             wancompile.Sensitivity,
             SiteSensitivity,
@@ -120,6 +123,8 @@ SECTIONS = (
             Hoisting,
             Predicted,
             PartTime,
+            measure,
+            Measured,
             PipelineReport,
             Calibrated,
         ),
@@ -128,6 +133,12 @@ SECTIONS = (
         "Programs",
         (
             wancompile.Program,
+            inspect_program.lines,
+            inspect_program.diff,
+            inspect_program.climb,
+            pipeline.run,
+            pipeline.Pass,
+            pipeline.Probe,
             wancompile.Level,
             wancompile.Site,
             wancompile.Group,
@@ -165,6 +176,8 @@ SECTIONS = (
             pipe.Pipeline,
             Constant(again, "Inputs"),
             Constant(files, "Stored"),
+            Constant(loras, "Given"),
+            Constant(loras, "Reference"),
         ),
     ),
 )

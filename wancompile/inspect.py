@@ -94,7 +94,10 @@ def is_under(path: str, pattern: str) -> bool:
 
 
 def diff(before: Program, after: Program, site: str | None = None, *, context: int = 2) -> str:
-    """Return a unified diff of two programs of one model, empty where they agree."""
+    """Return a unified diff of two programs of one model, empty where they agree.
+
+    `context` is the number of equal lines around each change; `site` and errors as for `lines`.
+    """
     a, b = ([line.text for line in lines(one, site)] for one in (before, after))
     names = before.level.name, after.level.name
     return "\n".join(difflib.unified_diff(a, b, *names, lineterm="", n=context))

@@ -69,10 +69,13 @@ def run(
 ) -> Program:
     """Return what `program` becomes after `passes`; `program` itself stays as it is.
 
-    With a `probe`, the output before and after each run of consecutive exact passes is compared,
-    and `NumericsError` is raised where it moved by more than rounding. With `dump`, the text of
-    every level and the diff of every pass are written there, numbered. With `consume`, `program`
-    gives up its weights: whatever the passes drop is freed at once.
+    With a `probe`, the output before and after each run of consecutive exact passes is compared.
+    With `dump`, the text of every level and the diff of every pass are written there, numbered.
+    With `consume`, `program` gives up its weights: whatever the passes drop is freed at once.
+
+    Raises:
+        LevelError: the program is not at the level that a pass needs, or a pass broke an invariant.
+        NumericsError: exact passes moved the output by more than rounding.
     """
     _dump(dump, program, "start", before=None)
     for group in _runs(passes):
