@@ -51,6 +51,23 @@ def test_a_gain_of_single_tokens_is_refused():
     assert refusal(losses(before[3:4]), losses(after[3:4]), 0.03)
 
 
+def test_a_gain_of_all_tokens_is_believed_although_one_has_most_of_the_loss():
+    """Few words of text, one of which is loud: by absolute losses nothing could ever be proved."""
+    before = torch.tensor([400.0, 1.0, 2.0, 1.5, 0.5, 3.0])
+    after = before * torch.tensor([0.01, 0.03, 0.02, 0.01, 0.05, 0.02])
+    assert refusal(losses(before), losses(after)) == ""
+    after[1:] = before[1:]  # all others gain nothing
+    assert refusal(losses(before), losses(after)).endswith("which 6 tokens do not prove")
+
+
+def test_small_gains_of_all_tokens_do_not_prove_a_large_one_of_one():
+    before = torch.ones(16)
+    before[3] = 20
+    after = 0.97 * before
+    after[3] = 1
+    assert refusal(losses(before), losses(after)).endswith("which 16 tokens do not prove")
+
+
 def test_gains_from_nothing_but_chance_are_mostly_refused():
     draws = torch.rand(500, 2, 32, generator=torch.Generator().manual_seed(0)).add(0.5)
     believed = sum(not refusal(losses(a), losses(b), 0.0) for a, b in draws)
