@@ -16,13 +16,14 @@ from sensing import made
 
 import wancompile
 from benchmarks import subjects
-from wancompile import auto, cost, pipeline
+from wancompile import auto, cost, passes, pipeline
 from wancompile.auto import Choice, resolve
+from wancompile.demo import sampler
 from wancompile.demo.sampler import calls
 from wancompile.errors import CalibrationError, InputError, RecipeError
 from wancompile.html import write_html
 from wancompile.ir.site import Role
-from wancompile.recipe import LINEARS, QSpec, Recipe, Rule
+from wancompile.recipe import LINEARS, RECIPES, Recipe, Rule
 from wancompile.report import Report
 from wancompile.sensitivity import HeldOut, sensitivity
 
@@ -35,6 +36,7 @@ def held_out():
     return HeldOut.of(t2v.program, t2v.calls, t2v.stats)
 
 
+@cache
 def chosen(**budget) -> Choice:
     request = Recipe.auto(**{"tokens": TOKENS, **budget})
     return resolve(request, held_out(), sensitivity=made("t2v").found)
@@ -47,22 +49,75 @@ def ends() -> tuple[auto.Point, auto.Point]:
     return frontier[0], frontier[-1]
 
 
-@pytest.mark.parametrize("budget", [0.002, 0.005, 0.01])
-def test_the_measured_error_is_within_the_budget(budget):
+def really(recipe: Recipe) -> list[float]:
+    """The error on each held-out call of a program that was rewritten for the recipe."""
+    t2v = made("t2v")
+    steps = passes.smoothing(recipe, t2v.stats) + passes.quantization(recipe, t2v.stats)
+    program = pipeline.run(t2v.program, steps)
+    pairs = ((program(**call)[0], t2v.program(**call)[0]) for call in t2v.calls)
+    return [pipeline.relative_error(*pair) for pair in pairs]
+
+
+@pytest.mark.parametrize("budget", [0.002, 0.01])
+def test_no_held_out_call_errs_by_more_than_the_budget(budget):
     found = chosen(max_error=budget)
     assert found.measured <= budget
-    assert found.measured == pytest.approx(made("t2v").really(found.recipe), rel=0.01)
+    errors = really(found.recipe)
+    assert found.measured == pytest.approx(max(errors), rel=1e-3)
+    assert max(errors) > 1.01 * min(errors), "it matters that it is the largest"
     assert found.measured > budget / 3, "the budget is there to be used"
 
 
+def test_weights_are_rounded_as_those_of_named_recipes():
+    specs = {spec for spec in map(chosen(max_error=0.01).recipe.spec_for, groups()) if spec}
+    assert specs
+    assert specs <= {RECIPES[name].linears for name in ("int8", "fp8")}
+
+
+def groups():
+    return made("t2v").program.groups
+
+
+def test_sites_are_told_apart_on_the_calls_that_err_most():
+    t2v, recipe = made("t2v"), RECIPES["int8"]
+    first, second = t2v.calls
+    # Text of zeros, which rounds to itself: this call errs less than it would.
+    easy = {**first, "encoder_hidden_states": 0 * first["encoder_hidden_states"]}
+    every = HeldOut.of(t2v.program, [easy, first, second], t2v.stats)
+    errors = every.errors_of(recipe)
+    assert every.hardest(3, recipe) is every
+    kept = every.hardest(2, recipe)
+    order = sorted(range(3), key=errors.__getitem__)[1:]
+    assert [id(call) for call in kept.calls] == [id(every.calls[at]) for at in sorted(order)]
+    assert kept.errors_of(recipe) == [errors[at] for at in sorted(order)]
+    assert kept.error_of(recipe) <= max(errors)
+
+
+def test_a_choice_says_at_which_timesteps_its_error_was_measured():
+    found = chosen(max_error=0.003)
+    t2v = made("t2v")
+    steps = [float(call["timestep"].max()) for call in t2v.calls]
+    assert found.timesteps == held_out().timesteps == (min(steps), max(steps))
+    assert found.calibrated == t2v.stats.timesteps
+    assert found.covered in str(found)
+    narrow = replace(found, calls=1, timesteps=(301, 954), calibrated=(168, 999))
+    assert narrow.covered.startswith(
+        "error of the worst of 1 held-out call at timesteps 954 to 301, of 999 to 168 that "
+        "calibration saw; steps beyond may err more: calibrate with"
+    )
+    wide = replace(narrow, timesteps=(168, 999))
+    assert "that calibration saw" not in wide.covered
+    assert replace(wide, timesteps=None).covered == "error of the worst of 1 held-out call"
+
+
 def test_a_larger_error_buys_time():
-    found = [chosen(max_error=10.0**-power) for power in (5, 4, 3, 2, 1)]
+    found = [chosen(max_error=10.0**-power) for power in (4, 3, 2)]
     times = [one.predicted.ms for one in found]
     assert times == sorted(times, reverse=True)
     assert times[0] > times[-1]
 
 
-@pytest.mark.parametrize("share", [0.1, 0.4, 0.8])
+@pytest.mark.parametrize("share", [0.1, 0.8])
 def test_the_time_is_within_the_budget(share):
     slowest, fastest = ends()
     limit = fastest.ms + share * (slowest.ms - fastest.ms)
@@ -75,7 +130,7 @@ def test_the_time_is_within_the_budget(share):
 
 def test_more_time_buys_exactness():
     slowest, fastest = ends()
-    limits = [fastest.ms + share * (slowest.ms - fastest.ms) for share in (0, 0.2, 0.5, 0.9, 1)]
+    limits = [fastest.ms + share * (slowest.ms - fastest.ms) for share in (0, 0.4, 1)]
     errors = [chosen(max_ms=limit).predicted.error for limit in limits]
     assert errors == sorted(errors, reverse=True)
     assert errors[0] == pytest.approx(fastest.error)
@@ -124,10 +179,10 @@ def test_static_scales_are_taken_behind_activations_alone():
     request = Recipe.auto(max_error=0.05, tokens=TOKENS, types=types, attention=False)
     choice = resolve(request, held_out(), sensitivity=found)
     specs = {group.key: choice.recipe.spec_for(group) for group in t2v.program.groups}
-    static = [key for key, spec in specs.items() if spec == LINEARS["int8-static"]]
+    static = [key for key, spec in specs.items() if spec and spec.activation == "static"]
     assert static == [group.key for group in downs]
-    assert choice.measured == pytest.approx(t2v.really(choice.recipe), rel=0.01)
-    dynamic = chosen(max_error=0.05, types=["int8"], attention=False)
+    assert choice.measured == pytest.approx(max(really(choice.recipe)), rel=0.01)
+    dynamic = chosen(max_error=0.05, types=("int8",), attention=False)
     assert choice.predicted.ms < dynamic.predicted.ms
 
 
@@ -174,9 +229,9 @@ def test_a_device_without_times_is_refused():
 
 
 def test_types_and_attention_can_be_kept_out():
-    found = chosen(max_error=1.0, types=["fp8"], attention=False)
+    found = chosen(max_error=1.0, types=("fp8",), attention=False)
     specs = [found.recipe.spec_for(group) for group in made("t2v").program.groups]
-    assert set(specs) == {QSpec("fp8"), None}, "some are so small that 8 bits are no faster"
+    assert set(specs) == {RECIPES["fp8"].linears, None}, "some are too small for 8 bits"
     assert not found.recipe.rounds_attention
     assert [one.name for one in found.uniform] == ["float", "fp8"]
 
@@ -186,7 +241,7 @@ def test_the_recipe_is_one_like_any_other():
     recipe = Recipe.from_json(found.recipe.to_json())
     assert recipe == found.recipe
     t2v = made("t2v")
-    recipe.check(t2v.program.groups, t2v.program.attentions)
+    recipe.check(groups(), t2v.program.attentions)
     assert recipe.rules, "sites differ"
     compiled = wancompile.compile(
         t2v.model, recipe=recipe, stats=t2v.stats, example_inputs=t2v.first
@@ -245,51 +300,72 @@ def test_compile_with_a_budget_needs_data_and_leaves_the_model_alone():
     assert torch.equal(t2v.model(**t2v.first)[0], before)
 
 
-class Trained:
-    """A trained checkpoint, shown a few calls of one video, judged on those of another."""
+class Still(torch.nn.Module):
+    """A model that reads images and sees no motion anywhere."""
 
-    def __init__(self, name: str, outliers: bool) -> None:
+    device, dtype = torch.device("cpu"), torch.float32
+
+    def forward(self, hidden_states, **others):
+        return (torch.zeros_like(hidden_states[:, :1]),)
+
+
+def test_benchmarks_calibrate_on_the_whole_schedule_without_more_forwards():
+    asked = subjects.calibration("i2v", 4, 6)
+    halves = [calls(Still(), [subjects.part(asked, start, 2)]) for start in (0, 2)]
+    found = subjects.alternating(Still(), asked)
+    assert len(found) == len(halves[0]) == 12
+    steps = [float(call["timestep"][0]) for call in found]
+    assert steps == [float(call["timestep"][0]) for call in halves[0]]
+    assert steps[::2] == steps[1::2] == sorted(set(steps), reverse=True)
+    for at, call in enumerate(found):
+        same = [torch.equal(call["hidden_states"], one[at]["hidden_states"]) for one in halves]
+        assert same == [at // 2 % 2 == 0, at // 2 % 2 == 1]
+    assert len(subjects.alternating(Still(), subjects.part(asked, 0, 1))) == 12
+
+
+class Trained:
+    """The first blocks of a trained model with outliers, shown some calls, judged on others."""
+
+    def __init__(self, name: str) -> None:
         model = subjects.load(name)
-        self.model = subjects.with_outliers(model) if outliers else model
-        shown = calls(model, [subjects.calibration(name, 1, 3)])
-        other = calls(model, [subjects.held_out(name, 2, 3)[0]])
-        self.stats = wancompile.calibrate(self.model, shown)
-        self.first = shown[0]
-        program = wancompile.trace(self.model, shown[0])
+        model.blocks = model.blocks[:2]
+        self.model = subjects.with_outliers(model)
+        first, second, *other = calls(model, [subjects.calibration(name, 4, 3)])
+        self.first, shown = first, [first, *other[::2]]
+        self.stats = wancompile.calibrate(self.model, [_part(one, 0, 2) for one in shown])
+        program = wancompile.trace(self.model, first)
         # One video for the choice, the other to judge it.
-        self.held_out = HeldOut.of(
-            program, [_half(one, slice(0, 1)) for one in other[2:4]], self.stats
-        )
-        self.judged = [_half(one, slice(1, 2)) for one in other[1:5]]
-        self.found = sensitivity(program, self.held_out.calls, self.stats)
+        self.held_out = HeldOut.of(program, [_part(one, 2, 3) for one in other[1:]], self.stats)
+        self.judged = [_part(one, 3, 4) for one in (second, *other)]
+        self.found = sensitivity(program, self.held_out.calls[:1], self.stats)
 
     def error(self, recipe: Recipe) -> float:
         """The error of the compiled model on calls that neither calibration nor choice has seen."""
         compiled = wancompile.compile(
-            self.model, recipe=recipe, stats=self.stats, example_inputs=self.first
+            self.model, recipe=recipe, stats=self.stats, example_inputs=self.first, limits=None
         )
         with torch.no_grad():
-            found = [one(**call)[0] for one in (compiled, self.model) for call in self.judged]
-        n = len(self.judged)
-        return pipeline.relative_error(torch.cat(found[:n]), torch.cat(found[n:]))
+            pairs = [[one(**call)[0] for one in (compiled, self.model)] for call in self.judged]
+        return max(pipeline.relative_error(*pair) for pair in pairs)
 
 
-def _half(call, part):
-    return {name: one[part] if isinstance(one, torch.Tensor) else one for name, one in call.items()}
+def _part(call, start, stop):
+    return {
+        name: one[start:stop] if isinstance(one, torch.Tensor) else one
+        for name, one in call.items()
+    }
 
 
-# One of both, with outliers: each takes minutes.
-@pytest.mark.parametrize(("name", "outliers"), [("i2v", True)])
-def test_trained_models_keep_their_budgets_on_other_calls(name, outliers):
-    trained = Trained(name, outliers)
+def test_trained_models_keep_their_budgets_on_other_calls(monkeypatch):
+    monkeypatch.setattr(sampler, "FRAMES", 3)
+    trained = Trained("i2v")
     for one in trained.found.together:
         assert 0.6 < one.error / one.predicted < 1.5
     times = []
-    for budget in (0.003, 0.01, 0.03):
+    for budget in (0.003, 0.02):
         request = Recipe.auto(max_error=budget, tokens=TOKENS)
         choice = resolve(request, trained.held_out, sensitivity=trained.found)
         assert choice.measured <= budget
         assert trained.error(choice.recipe) <= 1.3 * budget
         times.append(choice.predicted.ms)
-    assert times == sorted(times, reverse=True)
     assert times[0] > 1.1 * times[-1]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from glob import escape
 
 import torch
@@ -28,11 +28,12 @@ from wancompile.recipe import (
     Recipe,
     Rule,
 )
-from wancompile.sensitivity import HeldOut, Sensitivity, measure
+from wancompile.sensitivity import HeldOut, Sensitivity, everything_in, measure
 from wancompile.stream import is_same
 from wancompile.trials import SELF_ATTENTION
+from wancompile.units import plural
 
-# Guided sampling calls a model with and without the prompt: two calls that are held back are both.
+# Sites are told apart on so many of the calls held back, those that err most.
 _CALLS = 2
 # How many choices are measured at most, and how many limits are tried, which costs next to nothing.
 _ROUNDS, _STEPS = 4, 24
@@ -51,10 +52,14 @@ class Point:
 class Choice:
     """What became of a request, and why.
 
-    `predicted` is of the recipe chosen, `measured` its error on the held-out calls, without a graph
-    for it. `frontier` runs from floating point to the fastest, `uniform` are the recipes that put
+    `predicted` is of the recipe chosen, `measured` its error on the held-out call that errs most,
+    with weights rounded as they will be; predictions are for weights rounded to nearest.
+    `frontier` runs from floating point to the fastest, `uniform` are the recipes that put
     everything in one type, `compiled_ms` is torch.compile in bf16. Times are of one call of
     `tokens` video tokens, the part of the model that is no block left out.
+
+    `calls` are held out, at `timesteps` from the smallest to the largest; calibration saw those
+    from the smallest to the largest of `calibrated`. None is unknown, or a model without.
     """
 
     request: Auto
@@ -67,6 +72,14 @@ class Choice:
     tokens: int
     source: str
     sensitivity: Sensitivity
+    calls: int = 1
+    timesteps: tuple[float, float] | None = None
+    calibrated: tuple[float, float] | None = None
+
+    @property
+    def covered(self) -> str:
+        """One sentence: what the error was measured on, and what nothing measured."""
+        return _covered(self)
 
     def __str__(self) -> str:
         types = self.recipe.name
@@ -76,6 +89,7 @@ class Choice:
             *(f"{one.name}: {one.ms:.4g} ms, error {_percent(one.error)}" for one in self.uniform),
             f"torch.compile in bf16: {self.compiled_ms:.4g} ms",
             f"times from {self.source}",
+            self.covered,
         ]
         return "\n".join([*lines, "", str(self.sensitivity)])
 
@@ -91,9 +105,10 @@ def resolve(
 
     `sensitivity` is what was measured for an earlier request, so that it need not be again.
 
-    With `max_error` the time is least among choices whose error, measured with everything rounded
-    together, is within it: errors add up like squares only nearly, so the budget of squares is
-    corrected by what is measured, at most four times. With `max_ms` the sum of squares is least.
+    With `max_error` the time is least among choices whose error, measured on every call with
+    everything rounded together by GPTQ, is within it: errors add up like squares only nearly, and
+    those of single sites are of weights rounded to nearest, so the budget of squares is corrected
+    by what is measured, at most four times. With `max_ms` the sum of squares is least.
 
     Raises:
         RecipeError: no choice is as fast, or as exact in that time, as was asked; the message says
@@ -102,7 +117,7 @@ def resolve(
         WancompileError: as `sensitivity` does.
     """
     times = costs(held_out.program, tokens=request.tokens, device=request.device)
-    found = sensitivity or measure(held_out, request.types, progress=progress)
+    found = sensitivity or measure(_hardest(request, held_out), request.types, progress=progress)
     candidates = _Candidates(request, times, found, held_out.program.groups)
     recipe, error = (
         _fastest(candidates, held_out, request.max_error)
@@ -120,6 +135,9 @@ def resolve(
         tokens=times.tokens,
         source=times.source,
         sensitivity=found,
+        calls=len(held_out.calls),
+        timesteps=held_out.timesteps,
+        calibrated=held_out.calibrated,
     )
 
 
@@ -132,7 +150,7 @@ def choose_recipe(
     device: torch.device | None = None,
     progress: bool = False,
 ) -> Choice:
-    """Resolve a request on the first calls of the evidence.
+    """Resolve a request on the calls of the evidence.
 
     Args:
         request: what is asked for.
@@ -150,8 +168,13 @@ def choose_recipe(
         raise CalibrationError("a budget needs calls to measure errors on")
     home = device or program.device
     placed = program if is_same(home, program.device) else program.to(home)
-    calls = [on_device(call, home) for call in evidence.calls[:_CALLS]]
+    calls = [on_device(call, home) for call in evidence.calls]
     return resolve(request, HeldOut.of(placed, calls, stats), progress=progress)
+
+
+def _hardest(request: Auto, held_out: HeldOut) -> HeldOut:
+    """Return the calls to tell sites apart on: which err most hardly depends on the recipe."""
+    return held_out.hardest(_CALLS, everything_in(request.types[0])[0])
 
 
 def _fastest(candidates: _Candidates, held_out: HeldOut, budget: float) -> tuple[Recipe, float]:
@@ -170,7 +193,7 @@ def _fastest(candidates: _Candidates, held_out: HeldOut, budget: float) -> tuple
         if is_new:
             if len(measured) > _ROUNDS:
                 break
-            measured[recipe] = held_out.error_of(recipe)
+            measured[recipe] = max(held_out.errors_of(recipe))
         error = measured[recipe]
         if error <= budget:
             low = limit
@@ -193,7 +216,7 @@ def _most_exact(candidates: _Candidates, held_out: HeldOut, request: Auto) -> tu
             f"the fastest takes {fastest.ms:.4g} ms, at an error of {_percent(fastest.error)}"
         )
     recipe = candidates.recipe(chosen)
-    error = held_out.error_of(recipe)
+    error = max(held_out.errors_of(recipe))
     if request.max_error is not None and error > request.max_error:
         raise RecipeError(
             f"no choice within {request.max_ms:g} ms has an error of "
@@ -310,7 +333,24 @@ def _most(types: Mapping[str, str]) -> str:
 
 
 def _spec(name: str) -> QSpec | None:
-    return None if name == FLOAT else LINEARS[name]
+    """Return how a linear is quantized in a type: its weights as those of named recipes."""
+    return None if name == FLOAT else replace(LINEARS[name], rounding="gptq", clip=True)
+
+
+def _covered(choice: Choice) -> str:
+    calls = plural(choice.calls, "held-out call")
+    if choice.timesteps is None:
+        return f"error of the worst of {calls}"
+    text = f"error of the worst of {calls} at timesteps {_down(choice.timesteps)}"
+    low, high = choice.calibrated or choice.timesteps
+    if low < choice.timesteps[0] or high > choice.timesteps[1]:
+        text += f", of {_down((low, high))} that calibration saw"
+    return f"{text}; steps beyond may err more: calibrate with those that you will sample with"
+
+
+def _down(timesteps: tuple[float, float]) -> str:
+    """Return timesteps in the order of denoising."""
+    return f"{timesteps[1]:.4g} to {timesteps[0]:.4g}"
 
 
 def _percent(value: float) -> str:

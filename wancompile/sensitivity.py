@@ -22,6 +22,7 @@ from wancompile.ir.site import Role
 from wancompile.program import Program
 from wancompile.quant.stats import Stats
 from wancompile.recipe import ATTENTIONS, DTYPES, LINEARS, QSpec, Recipe, Rule
+from wancompile.signature import Signature
 from wancompile.trials import SELF_ATTENTION, Branches, Trial, squares, trials
 
 
@@ -234,15 +235,34 @@ class HeldOut:
                 raise NumericsError(f"the model's own output on call {index} holds NaN or infinity")
         return cls(program, given, stats, expected)
 
+    @property
+    def timesteps(self) -> tuple[float, float] | None:
+        """The smallest and the largest timestep of the calls; None where the model has none."""
+        found = (_timestep(self.program.signature, call) for call in self.calls)
+        known = [one for one in found if one is not None]
+        return (min(known), max(known)) if known else None
+
+    @property
+    def calibrated(self) -> tuple[float, float] | None:
+        """The smallest and the largest timestep of calibration; None where that is not known."""
+        return None if self._stats is None else self._stats.timesteps
+
     def error_of(self, recipe: Recipe) -> float:
         """Return the relative L2 error of the model's output under `recipe`, over all calls."""
-        smoothed = self._smoothed(recipe)
-        chosen = trials(smoothed, recipe, self._stats)
-        branches = Branches(smoothed, chosen)
-        pairs = zip(self.calls, self._expected, strict=True)
-        found = [squares(branches.together(call, chosen), exact) for call, exact in pairs]
-        self._count(branches)
-        return _relative(found)
+        return _relative(self._lost(recipe))
+
+    def errors_of(self, recipe: Recipe) -> list[float]:
+        """Return the relative L2 error of the model's output under `recipe` on each call."""
+        return [_relative([one]) for one in self._lost(recipe)]
+
+    def hardest(self, count: int, recipe: Recipe) -> HeldOut:
+        """Return these with only the `count` calls on which `recipe` errs most, in their order."""
+        if len(self.calls) <= count:
+            return self
+        errors = self.errors_of(recipe)
+        most = sorted(sorted(range(len(errors)), key=lambda at: -errors[at])[:count])
+        expected = [self._expected[at] for at in most]
+        return HeldOut(self.program, [self.calls[at] for at in most], self._stats, expected)
 
     def one_by_one(self, recipes: Sequence[Recipe], bar: tqdm[Any]) -> list[SiteSensitivity]:
         """Return what each site that `recipes` round does alone; they differ in attention only."""
@@ -258,7 +278,7 @@ class HeldOut:
                 local[outcome.trial].append(outcome.local)
                 final[outcome.trial].append(outcome.final)
                 bar.update()
-        self._count(branches)
+        self.forwards += branches.executed / len(self.program.graph.nodes)
         searched = {group.key: group.smoothing for group in smoothed.groups}
         return [
             SiteSensitivity(
@@ -272,11 +292,20 @@ class HeldOut:
             for one in chosen
         ]
 
+    def _lost(self, recipe: Recipe) -> list[tuple[float, float]]:
+        """Round all that `recipe` rounds, in the way it says, and return squares for each call."""
+        if self._stats is None:  # no scales for attention
+            recipe = replace(recipe, attention=None, attention_rules=())
+        steps = passes.quantization(recipe, self._stats)
+        rounded = pipeline.run(self._smoothed(recipe), steps)
+        pairs = zip(self.calls, self._expected, strict=True)
+        found = [squares(_tensors(rounded(**call)), exact) for call, exact in pairs]
+        rounded.release()
+        self.forwards += len(self.calls)
+        return found
+
     def _smoothed(self, recipe: Recipe) -> Program:
         return pipeline.run(self.program, passes.smoothing(recipe, self._stats))
-
-    def _count(self, branches: Branches) -> None:
-        self.forwards += branches.executed / len(self.program.graph.nodes)
 
 
 def root_of_squares(errors: Iterable[float]) -> float:
@@ -287,6 +316,14 @@ def root_of_squares(errors: Iterable[float]) -> float:
 def _relative(found: Sequence[tuple[float, float]]) -> float:
     lost, total = (sum(part) for part in zip(*found, strict=True))
     return math.sqrt(lost / max(total, 1e-300))
+
+
+def _timestep(signature: Signature, call: Mapping[str, Any]) -> float | None:
+    """Return the largest timestep of a call, as calibration does; None where the model has none."""
+    pairs = zip(signature.bind((), call), signature.inputs, strict=True)
+    small = [one for one, spec in pairs if 1 <= len(spec.shape) <= 2 and spec.shape[0] is None]
+    step = float(small[0].float().amax()) if len(small) == 1 else math.nan
+    return step if math.isfinite(step) else None
 
 
 def _tensors(output: Any) -> list[Tensor]:
