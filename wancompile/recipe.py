@@ -31,6 +31,9 @@ class QSpec:
     `activation="token"` finds a scale for each token in each call. "static" takes one for all from
     calibration, for which there must be some; what lies outside of its range saturates. Behind a
     GELU the linear before it then rounds its own output.
+
+    Raises:
+        RecipeError: an argument is none of these.
     """
 
     dtype: str
@@ -89,6 +92,9 @@ class AttentionSpec:
     all of a head have one from calibration, as those of k have in either. `values`, of v and of the
     weights that it is multiplied by, is "bf16" or "fp8"; q and k in fp8 lose so much that only fp8
     goes with them.
+
+    Raises:
+        RecipeError: an argument is none of these.
     """
 
     dtype: str
@@ -148,9 +154,9 @@ class AttentionRule:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A whole recipe.
+    """What to quantize into what; `name` is for reports.
 
-    `linears` holds for every group; later `rules` override earlier ones and the default.
+    `linears` holds for every group, None for floating point; later `rules` override earlier ones and the default.
     `attention` holds for every self-attention, None for floating point, and `attention_rules`
     override it in the same way.
     """
@@ -343,6 +349,18 @@ RECIPES: dict[str, Recipe] = {
     ),
     "fp8-attention": Recipe("fp8-attention", QSpec("fp8"), attention=ATTENTIONS["fp8"]),
 }
+"""The recipes that have a name.
+
+    int8                   linears in int8
+    int8-attention         self-attention, too: q and k in int8, v in bf16
+    int8-attention-fast    the same, but v in e4m3
+    fp8                    linears in e4m3
+    fp8-attention          self-attention, too: q, k and v in e4m3
+
+Each allows smooth scales, clipped ranges and GPTQ, which are taken group by group where calibration
+shows that they lower the error. Without calibration weights are rounded to nearest, and nothing is
+smoothed.
+"""
 
 
 def resolve(recipe: str | Recipe) -> Recipe:
