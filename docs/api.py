@@ -70,6 +70,7 @@ SECTIONS = (
     Section(
         "What to quantize into what",
         (
+            Constant(recipe, "RECIPES"),
             wancompile.Recipe,
             wancompile.QSpec,
             wancompile.Rule,

@@ -192,10 +192,10 @@ def compile(
             such as a whole pipeline call. For a pipeline: a callable; or prompts or dicts of its
             arguments, for runs up to the latents, the i-th from noise of seed i where it brings
             neither latents nor a generator; or calls of each expert by name.
-        recipe: "int8", "fp8", "int8-attention", "int8-attention-fast", "fp8-attention", a
-            `Recipe`, or a budget for one, as `Recipe.auto` makes it: then each site gets a type
-            that suits it, by the errors measured on two of the calls kept, which takes half a
-            forward a site, type and call.
+        recipe: one of `RECIPES` by name ("int8", "fp8", "int8-attention", "int8-attention-fast",
+            "fp8-attention"), a `Recipe`, or a budget for one, as `Recipe.auto` makes it: then each
+            site gets a type that suits it, by the errors measured on two of the calls kept, which
+            takes half a forward a site, type and call.
         stats: statistics of an earlier `calibrate`, instead of `calib_data`.
         example_inputs: one call that shows the shapes, needed where `calib_data` is not given; for
             a pipeline one by each expert's name.
