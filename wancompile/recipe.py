@@ -156,9 +156,9 @@ class AttentionRule:
 class Recipe:
     """What to quantize into what; `name` is for reports.
 
-    `linears` holds for every group, None for floating point; later `rules` override earlier ones and the default.
-    `attention` holds for every self-attention, None for floating point, and `attention_rules`
-    override it in the same way.
+    `linears` holds for every group; later `rules` override earlier ones and the default.
+    `attention` holds for every self-attention, and `attention_rules` override it in the same way.
+    None is floating point.
     """
 
     name: str
