@@ -18,7 +18,7 @@ def values(*shape, dtype=torch.bfloat16):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("approximate", ["none", "tanh"])
-@pytest.mark.parametrize("shape", [(1, 16), (2, 8960), (2, 3, 300), (127, 100)])
+@pytest.mark.parametrize("shape", [(1, 16), (2, 8960), (2, 3, 300), (11, 100)])
 def test_gelu_is_the_plain_body(dtype, approximate, shape):
     args = values(*shape), approximate, torch.rand(shape[-1]) + 0.5, dtype
     (q, scale), (q_plain, scale_plain) = gelu_quantize_triton(*args), ops.gelu_quantize(*args)

@@ -29,7 +29,7 @@ def same(ours, theirs):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(1, 16), (127, 1536), (3, 13824), (2, 5, 100), (4, 1)])
+@pytest.mark.parametrize("shape", [(1, 16), (11, 1536), (3, 13824), (2, 5, 100), (4, 1)])
 @pytest.mark.parametrize("smooth", [True, False])
 def test_per_token_is_the_plain_body_bit_for_bit(dtype, shape, smooth):
     inv_smooth = torch.rand(shape[-1]) + 0.1 if smooth else None
