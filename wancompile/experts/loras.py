@@ -29,7 +29,7 @@ class ExpertsTakeLoras:
     of them cannot, all are as they were.
     """
 
-    experts: Mapping[str, CompiledModel]
+    experts: dict[str, CompiledModel]
 
     @property
     def loras(self) -> dict[str, dict[str, float]]:
