@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import json
 import math
 import multiprocessing
 import time
@@ -36,6 +37,8 @@ from wancompile.demo.quality import psnr, ssim, temporal_error
 from wancompile.demo.sampler import Request, sample
 
 KINDS = ("plain", "outliers")
+# The options by which the figures of columns can be compared.
+_COMPARED = ("count", "steps", "every", "calibration_videos", "calibration_steps")
 Calls = Sequence[Mapping[str, Any]]
 _MEASURES: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {
     "psnr": psnr,
@@ -129,7 +132,7 @@ def measure(name: str, kind: str, options: argparse.Namespace, deadline: float) 
         "kind": kind,
         "asked": reference.labels.tolist(),
         "original": reference.named(reference.videos),
-        "columns": {},
+        "columns": kept(name, kind, options) if options.keep else {},
     }
     budget = record.Budget(deadline - time.time())
     for column in COLUMNS:
@@ -140,6 +143,21 @@ def measure(name: str, kind: str, options: argparse.Namespace, deadline: float) 
                 name, kind, accuracy_table.line(found["columns"][column.name], column), flush=True
             )
     return found
+
+
+def kept(name: str, kind: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Return what is in `options.out` of columns that are not to be measured.
+
+    Raises:
+        ValueError: it was measured with other settings.
+    """
+    data = json.loads((options.out / f"{part_name(name, kind)}.json").read_text(encoding="utf-8"))
+    now = record.settings(options)
+    other = [key for key in _COMPARED if data["settings"][key] != now[key]]
+    if other:
+        raise ValueError(f"what is to be kept was measured with other settings: {', '.join(other)}")
+    columns: dict[str, Any] = data["results"]["columns"]
+    return {key: one for key, one in columns.items() if key not in options.columns}
 
 
 def _figures(
@@ -197,6 +215,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--calibration-videos", type=int, default=4)
     parser.add_argument("--calibration-steps", type=int, help="as many as --steps if not given")
+    parser.add_argument(
+        "--keep", action="store_true", help="keep what --out has of columns not measured now"
+    )
     parser.add_argument("--jobs", type=int, default=1, help="subjects that run side by side")
     parser.add_argument("--budget", type=float, default=float("inf"), help="seconds for all")
     parser.add_argument("--out", type=Path, default=record.RESULTS)

@@ -26,7 +26,8 @@ def observers(config: Mapping[str, Any], latent: Latent) -> list[dict[str, Any]]
     for count, name, run, nbytes in (
         (5, "channels of the stream", *_channels(tokens, heads * size)),
         (1, "channels of the MLP", *_channels(tokens, config["ffn_dim"])),
-        (3, "heads", *_heads(tokens, heads, size)),
+        (1, "heads of v", *_heads(tokens, heads, size, is_turned=False)),
+        (2, "heads of q and k, turned", *_heads(tokens, heads, size, is_turned=True)),
     ):
         ms = float(triton.testing.do_bench(run, warmup=10, rep=100, return_mode="median"))
         found.append({"observer": name, "per_block": count, "ms": ms, "reads": ms * rate / nbytes})
@@ -47,9 +48,11 @@ def _channels(tokens: int, width: int) -> tuple[Callable[[], object], int]:
     )
 
 
-def _heads(tokens: int, heads: int, size: int) -> tuple[Callable[[], object], int]:
+def _heads(
+    tokens: int, heads: int, size: int, *, is_turned: bool
+) -> tuple[Callable[[], object], int]:
     x = activations(1, tokens, heads, size).transpose(1, 2)
     low = torch.full((_LABELS * HALVES, heads, size), torch.inf, device=DEVICE)
     high = -low
     line = torch.zeros((), dtype=torch.int64, device=DEVICE)
-    return lambda: ops.observe_heads(x, low, high, line), x.nbytes
+    return lambda: ops.observe_heads(x, low, high, line, is_turned), x.nbytes
