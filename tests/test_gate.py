@@ -9,6 +9,7 @@ import pytest
 import torch
 import zoo
 from diffusers import UniPCMultistepScheduler, WanPipeline
+from once import Traced
 
 import wancompile
 from wancompile import passes, pipeline
@@ -55,18 +56,24 @@ def int8(wan, data):
 
 
 @pytest.fixture(scope="module")
-def quantized(wan, data, stats):
+def traced(wan, data):
+    return Traced.on(wan, example=data[0])
+
+
+@pytest.fixture(scope="module")
+def free(traced, stats):
+    """What becomes of the model where there is no limit, by type."""
+    return {
+        dtype: traced.compiled(dtype, stats=stats, limits=OPEN).report for dtype in ("int8", "fp8")
+    }
+
+
+@pytest.fixture(scope="module")
+def quantized(traced, stats):
     """The program at QUANTIZED, where every site has its own value."""
     recipe = resolve("int8-attention")
-    program = wancompile.trace(wan, data[0])
     steps = (*passes.smoothing(recipe, stats), *passes.quantization(recipe, stats))
-    return pipeline.run(program, steps)
-
-
-def compiled(wan, data, stats, recipe, limits):
-    return wancompile.compile(
-        wan, recipe=recipe, stats=stats, example_inputs=data[0], limits=limits
-    )
+    return pipeline.run(traced.program, steps)
 
 
 def float_output(model, call):
@@ -105,10 +112,9 @@ def numbered(call, number):
     return {**call, "timestep": torch.full_like(call["timestep"], number)}
 
 
-def test_some_calls_are_kept_from_the_observer(wan, data):
-    program = wancompile.trace(wan, data[0])
+def test_some_calls_are_kept_from_the_observer(wan, traced, data):
     observed = Observed()
-    hold = HoldBack(observed, program)
+    hold = HoldBack(observed, traced.program)
     labels = ("cond", "uncond")
     outputs = [hold(numbered(data[0], at), labels[at % 2]) for at in range(50)]
     held = [at for at, out in enumerate(outputs) if out != "observed"]
@@ -125,8 +131,8 @@ def test_some_calls_are_kept_from_the_observer(wan, data):
         assert relative_error(reference.output[0], expected) < 1e-5
 
 
-def test_a_kept_call_does_not_change_with_the_callers_tensors(wan, data):
-    hold = HoldBack(Observed(), wancompile.trace(wan, data[0]))
+def test_a_kept_call_does_not_change_with_the_callers_tensors(traced, data):
+    hold = HoldBack(Observed(), traced.program)
     call = {name: tensor.clone() for name, tensor in data[0].items()}
     for _ in range(FIRST + 1):
         hold(call)
@@ -135,13 +141,13 @@ def test_a_kept_call_does_not_change_with_the_callers_tensors(wan, data):
     assert torch.equal(kept["hidden_states"], data[0]["hidden_states"])
 
 
-def test_what_is_held_out_is_not_in_the_statistics(wan, data):
+def test_what_is_held_out_is_not_in_the_statistics():
+    model, data = zoo.make("t2v", 1)[0], calls(4, layers=1)
     loud = [*data[:3], {**data[3], "hidden_states": 50 * data[3]["hidden_states"]}]
-    gated = wancompile.compile(wan, loud, "int8-attention", limits=OPEN)
-    again = wancompile.compile(wan, data[:3], "int8-attention", limits=OPEN)
-    scales = [name for name in again.program.state if name.endswith("attention_k_scale")]
-    assert len(scales) == 2
-    assert all(torch.equal(gated.program.state[n], again.program.state[n]) for n in scales)
+    gated = wancompile.compile(model, loud, "int8-attention", limits=OPEN)
+    again = wancompile.compile(model, data[:3], "int8-attention", limits=OPEN)
+    (scale,) = (name for name in again.program.state if name.endswith("attention_k_scale"))
+    assert torch.equal(gated.program.state[scale], again.program.state[scale])
     assert (gated.report.gate.check.held_out, again.report.gate.check.held_out) == (True, False)
 
 
@@ -231,15 +237,16 @@ def test_a_page_shows_the_gate(int8, tmp_path):
     assert 'id="gate"' not in without.read_text(encoding="utf-8")
 
 
-def test_nothing_is_measured_without_limits(wan, data):
-    result = wancompile.compile(wan, data, limits=None)
+def test_nothing_is_measured_without_limits():
+    result = wancompile.compile(zoo.make("t2v", 1)[0], calls(4, layers=1), limits=None)
     assert result.report.gate is None
     with pytest.raises(InputError, match="no calls kept"):
         result.check()
 
 
 def test_without_data_the_example_is_compared(wan, data, stats):
-    check = compiled(wan, data, stats, "int8", Limits()).report.gate.check
+    made = wancompile.compile(wan, recipe="int8", stats=stats, example_inputs=data[0])
+    check = made.report.gate.check
     assert (check.calls, check.held_out) == (1, False)
     assert "calibration has seen, too, or that only shows shapes" in str(check)
 
@@ -247,12 +254,12 @@ def test_without_data_the_example_is_compared(wan, data, stats):
 # Falling back -----------------------------------------------------------------------------------
 
 
-def test_a_group_whose_own_error_is_too_large_gets_the_other_type_and_then_none(wan, data, stats):
+def test_a_group_beyond_its_own_limit_gets_the_other_type_and_then_none(traced, stats, free):
     """int8 errs less than fp8 here, so that fp8 cannot be what helps."""
-    errors = compiled(wan, data, stats, "int8", OPEN).report.errors
+    errors = free["int8"].errors
     limit = sorted(errors.values())[-3]  # two groups are beyond it
     worst = {key for key, error in errors.items() if error > limit}
-    result = compiled(wan, data, stats, "int8", replace(OPEN, own=limit))
+    result = traced.compiled("int8", stats=stats, limits=replace(OPEN, own=limit))
     fallbacks = result.report.gate.fallbacks
     assert [(one.place, one.before, one.after) for one in fallbacks] == [
         *((key, "int8", "fp8") for key in errors if key in worst),
@@ -268,23 +275,23 @@ def test_a_group_whose_own_error_is_too_large_gets_the_other_type_and_then_none(
     assert f"fell back: {fallbacks[0].place}: int8 to fp8" in str(result.report)
 
 
-def test_the_other_type_is_kept_where_it_helps(wan, data, stats):
-    errors = compiled(wan, data, stats, "fp8", OPEN).report.errors
+def test_the_other_type_is_kept_where_it_helps(traced, stats, free):
+    errors = free["fp8"].errors
     limit = sorted(errors.values())[-2]
-    result = compiled(wan, data, stats, "fp8", replace(OPEN, own=limit))
+    result = traced.compiled("fp8", stats=stats, limits=replace(OPEN, own=limit))
     (only,) = result.report.gate.fallbacks
     assert (only.place, only.after) == (max(errors, key=errors.__getitem__), "int8")
     assert result.report.errors[only.place] < limit < only.figure
     assert f"{only.place}.weight_int8" in result.program.state
 
 
-def test_an_attention_whose_own_error_is_too_large_returns_to_float(wan, data, stats):
+def test_an_attention_whose_own_error_is_too_large_returns_to_float(traced, stats):
     recipe = Recipe("mixed", QSpec("int8"), attention=ATTENTIONS["fp8"])
-    own = compiled(wan, data, stats, recipe, OPEN).report.gate.check.own
+    own = traced.compiled(recipe, stats=stats, limits=OPEN).report.gate.check.own
     sites = [f"blocks.{block}.attn1:attention" for block in (0, 1)]
     groups = max(figure for place, figure in own.items() if place not in sites)
     limit = (groups + min(own[site] for site in sites)) / 2
-    result = compiled(wan, data, stats, recipe, replace(OPEN, own=limit))
+    result = traced.compiled(recipe, stats=stats, limits=replace(OPEN, own=limit))
     assert [one.place for one in result.report.gate.fallbacks] == sites
     assert "scaled_attention" not in result.program.print()
     assert "scaled_linear" in result.program.print()
@@ -319,10 +326,10 @@ def test_what_is_in_float_has_nothing_to_fall_back_to(quantized, int8):
     assert relaxed.recipe == nothing
 
 
-def test_sites_fall_back_till_they_are_within_their_limit(wan, data, stats):
-    first = compiled(wan, data, stats, "fp8", OPEN).report.gate.check
+def test_sites_fall_back_till_they_are_within_their_limit(traced, stats, free):
+    first = free["fp8"].gate.check
     limit = max(one.relative for one in first.sites) * 0.9
-    result = compiled(wan, data, stats, "fp8", replace(OPEN, site=limit))
+    result = traced.compiled("fp8", stats=stats, limits=replace(OPEN, site=limit))
     gate = result.report.gate
     assert gate.check.passed
     assert 0 < len(gate.fallbacks) < len(result.report.groups)
@@ -356,10 +363,10 @@ def test_a_damaged_group_is_caught_by_default():
 # Not let through --------------------------------------------------------------------------------
 
 
-def test_an_output_too_far_off_is_an_error_that_names_the_culprits(wan, data, stats, int8):
+def test_an_output_too_far_off_is_an_error_that_names_the_culprits(wan, traced, stats):
     before = {name: tensor.clone() for name, tensor in wan.state_dict().items()}
     with pytest.raises(GateError) as caught:
-        compiled(wan, data, stats, "int8-attention", replace(OPEN, output=1e-5))
+        traced.compiled("int8-attention", stats=stats, limits=replace(OPEN, output=1e-5))
     check = caught.value.check
     assert [one.kind for one in check.violations] == [Kind.OUTPUT]
     text = str(caught.value)
@@ -371,12 +378,9 @@ def test_an_output_too_far_off_is_an_error_that_names_the_culprits(wan, data, st
     assert all(torch.equal(tensor, before[name]) for name, tensor in wan.state_dict().items())
 
 
-def test_a_consumed_model_cannot_fall_back_on_sites_but_on_its_own_errors(data, stats):
+def test_a_consumed_model_cannot_fall_back_on_sites_but_on_its_own_errors(data, stats, free):
+    limit = sorted(free["int8"].errors.values())[-2]
     model, _ = zoo.make("t2v", 2)
-    free = wancompile.compile(
-        model, recipe="int8", stats=stats, example_inputs=data[0], limits=OPEN
-    )
-    limit = sorted(free.report.errors.values())[-2]
     limits = Limits(own=limit, site=0.0, block=1.0, output=1.0)
     result = wancompile.compile(
         model, recipe="int8", stats=stats, example_inputs=data[0], consume=True, limits=limits
@@ -439,9 +443,8 @@ def test_a_check_on_new_inputs_against_the_model(wan, int8):
     assert by_position.outputs == one.outputs
 
 
-def test_a_check_against_a_program_tells_sites(wan, int8):
-    new = calls(1, first=80)
-    check = int8.check(new, reference=wancompile.trace(wan, new[0]))
+def test_a_check_against_a_program_tells_sites(traced, int8):
+    check = int8.check(calls(1, first=80), reference=traced.program)
     places = {one.site for one in check.sites}
     assert "blocks.1.attn2.to_q" in places
     # What smoothing scales is another value in this program.
