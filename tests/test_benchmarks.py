@@ -24,6 +24,7 @@ from benchmarks import (
 )
 from benchmarks.accuracy_columns import COLUMNS, Column, Subject, Unavailable
 from training.train import CONFIGS
+from wancompile.demo import sampler
 from wancompile.demo.sampler import Request, calls
 from wancompile.sensitivity import Sensitivity, SiteSensitivity
 
@@ -39,6 +40,12 @@ def one_block(monkeypatch):
         return WanTransformer3DModel(**{**CONFIGS[name], **small}).eval()
 
     monkeypatch.setattr(subjects, "load", load)
+
+
+@pytest.fixture
+def small(one_block, monkeypatch):
+    """The same on videos of three frames in the place of nine."""
+    monkeypatch.setattr(sampler, "FRAMES", 3)
 
 
 def results(folder, name):
@@ -58,7 +65,7 @@ def test_planning(tmp_path, capsys):
     assert "t2v-1.3b" in capsys.readouterr().out
 
 
-def test_static_scales(one_block, tmp_path, capsys):
+def test_static_scales(small, tmp_path, capsys):
     few = ["--videos", "1", "--steps", "1", "--held-out-videos", "1", "--held-out-steps", "1"]
     static_scales.main(["t2v", *few, "--out", str(tmp_path)])
     (one,) = results(tmp_path, "static_scales")["results"]
@@ -72,7 +79,7 @@ def test_static_scales(one_block, tmp_path, capsys):
     assert "static behind GELU" in capsys.readouterr().out
 
 
-def test_smoothing(one_block, tmp_path, capsys):
+def test_smoothing(small, tmp_path, capsys):
     options = ["--videos", "1", "--steps", "2", "--held-out-videos", "1", "--held-out-steps", "2"]
     smoothing.main(["i2v", *options, "--out", str(tmp_path)])
     (found,) = results(tmp_path, "smoothing")["results"]
@@ -85,7 +92,7 @@ def test_smoothing(one_block, tmp_path, capsys):
     assert "ffn_up_proj" in capsys.readouterr().out
 
 
-def test_sensitivity(one_block, tmp_path, capsys):
+def test_sensitivity(small, tmp_path, capsys):
     options = ["--videos", "1", "--steps", "2", "--kinds", "original"]
     sensitivity.main(["t2v", *options, "--out", str(tmp_path)])
     found = results(tmp_path, "sensitivity")["results"]
@@ -129,7 +136,7 @@ FEW = ["--count", "3", "--batch", "2", "--steps", "2", "--every", "1"]
 FEW += ["--calibration-videos", "1", "--calibration-steps", "2"]
 
 
-def test_accuracy(one_block, tmp_path, capsys):
+def test_accuracy(small, tmp_path, capsys):
     columns = ["float", "bf16", "int8", "int8-rounded", "torchao-fp8"]
     accuracy.main(["t2v", *FEW, "--columns", *columns, "--out", str(tmp_path)])
     plain, outliers = (
@@ -155,7 +162,7 @@ def test_accuracy(one_block, tmp_path, capsys):
     assert "### T2V, with outlier channels" in printed
 
 
-def test_one_step_error_is_of_each_video(one_block):
+def test_one_step_error_is_of_each_video(small):
     """Calls of several batches, of which the last is shorter, come back video by video."""
     options = argparse.Namespace(count=3, batch=2, steps=2, every=1)
     reference = accuracy.Reference("t2v", options)
@@ -170,7 +177,7 @@ def test_one_step_error_is_of_each_video(one_block):
     torch.testing.assert_close(reference._one_step(model).float(), nudge)
 
 
-def test_columns_for_which_no_time_is_left_are_named(one_block, tmp_path, capsys):
+def test_columns_for_which_no_time_is_left_are_named(small, tmp_path, capsys):
     options = [*FEW, "--kinds", "plain", "--budget", "0", "--columns", "int8", "fp8"]
     accuracy.main(["t2v", *options, "--out", str(tmp_path)])
     found = results(tmp_path, "accuracy-t2v-plain")["results"]
@@ -178,7 +185,21 @@ def test_columns_for_which_no_time_is_left_are_named(one_block, tmp_path, capsys
     assert capsys.readouterr().out.count("left out: no time was left") == 4
 
 
-def test_a_column_that_fails_stops_no_other(one_block, tmp_path, capsys, monkeypatch):
+def test_columns_of_an_earlier_run_are_kept(small, tmp_path):
+    options = ["t2v", *FEW, "--kinds", "plain", "--out", str(tmp_path)]
+    accuracy.main([*options, "--columns", "int8", "fp8", "--budget", "0"])
+    path = tmp_path / "accuracy-t2v-plain.json"
+    path.write_text(path.read_text().replace("no time was left", "it was measured"))
+    again = [*options, "--columns", "int8", "--budget", "0", "--keep"]
+    accuracy.main(again)
+    columns = results(tmp_path, "accuracy-t2v-plain")["results"]["columns"]
+    assert columns["fp8"] == {"left_out": "it was measured"}
+    assert columns["int8"] == {"left_out": "no time was left"}
+    with pytest.raises(ValueError, match="other settings: every"):
+        accuracy.main([*again, "--every", "2"])
+
+
+def test_a_column_that_fails_stops_no_other(small, tmp_path, capsys, monkeypatch):
     def broken(subject):
         raise RuntimeError("dimensions of 64 are not for me\nand more")
 
@@ -211,7 +232,7 @@ def in_fp64(subject):
     return subject.copy().double()
 
 
-def test_no_column_changes_its_subject(one_block):
+def test_no_column_changes_its_subject(small):
     model = subjects.load("t2v")
     subject = Subject(model, calls(model, [subjects.calibration("t2v", 1, 1)]))
     before = copy.deepcopy(model.state_dict())
@@ -252,8 +273,9 @@ def test_attention_accuracy(one_block, tmp_path, capsys):
     (found,) = results(tmp_path, "attention_accuracy")["results"]
     exact, bf16, rounded = (found["cells"][one] for one in cells)
     assert exact["float"] < 1e-6 < bf16["float"] < rounded["float"] < 0.1
-    # Untrained, attention hardly matters beside the int8 linears.
-    assert rounded["int8"] == pytest.approx(exact["int8"], rel=0.1)
+    # What attention and the linears lose is independent, so that their squares add up.
+    both = (exact["int8"] ** 2 + rounded["float"] ** 2) ** 0.5
+    assert rounded["int8"] == pytest.approx(both, rel=0.05)
     assert exact["int8"] > 1e-4
     assert len(rounded["psnr"]) == 1
     assert 50 < rounded["psnr"][0] < 90
