@@ -340,14 +340,15 @@ ATTENTIONS: dict[str, AttentionSpec] = {
 }
 """All ways to quantize self-attention, by what they are called where one is chosen."""
 
+_INT8 = QSpec("int8", rounding="gptq", clip=True)
+_FP8 = QSpec("fp8", rounding="gptq", clip=True)
+
 RECIPES: dict[str, Recipe] = {
-    "int8": Recipe("int8", QSpec("int8")),
-    "fp8": Recipe("fp8", QSpec("fp8")),
-    "int8-attention": Recipe("int8-attention", QSpec("int8"), attention=ATTENTIONS["int8"]),
-    "int8-attention-fast": Recipe(
-        "int8-attention-fast", QSpec("int8"), attention=ATTENTIONS["int8-fast"]
-    ),
-    "fp8-attention": Recipe("fp8-attention", QSpec("fp8"), attention=ATTENTIONS["fp8"]),
+    "int8": Recipe("int8", _INT8),
+    "fp8": Recipe("fp8", _FP8),
+    "int8-attention": Recipe("int8-attention", _INT8, attention=ATTENTIONS["int8"]),
+    "int8-attention-fast": Recipe("int8-attention-fast", _INT8, attention=ATTENTIONS["int8-fast"]),
+    "fp8-attention": Recipe("fp8-attention", _FP8, attention=ATTENTIONS["fp8"]),
 }
 """The recipes that have a name.
 
