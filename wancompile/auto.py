@@ -33,8 +33,6 @@ from wancompile.stream import is_same
 from wancompile.trials import SELF_ATTENTION
 from wancompile.units import plural
 
-# Sites are told apart on so many of the calls held back, those that err most.
-_CALLS = 2
 # How many choices are measured at most, and how many limits are tried, which costs next to nothing.
 _ROUNDS, _STEPS = 4, 24
 
@@ -107,8 +105,9 @@ def resolve(
 
     With `max_error` the time is least among choices whose error, measured on every call with
     everything rounded together by GPTQ, is within it: errors add up like squares only nearly, and
-    those of single sites are of weights rounded to nearest, so the budget of squares is corrected
-    by what is measured, at most four times. With `max_ms` the sum of squares is least.
+    those of single sites are of weights rounded to nearest, on the one call that errs most, so the
+    budget of squares is corrected by what is measured, at most four times. With `max_ms` the sum
+    of squares is least.
 
     Raises:
         RecipeError: no choice is as fast, or as exact in that time, as was asked; the message says
@@ -173,8 +172,8 @@ def choose_recipe(
 
 
 def _hardest(request: Auto, held_out: HeldOut) -> HeldOut:
-    """Return the calls to tell sites apart on: which err most hardly depends on the recipe."""
-    return held_out.hardest(_CALLS, everything_in(request.types[0])[0])
+    """Return the call to tell sites apart on: which errs most hardly depends on the recipe."""
+    return held_out.hardest(everything_in(request.types[0])[0])
 
 
 def _fastest(candidates: _Candidates, held_out: HeldOut, budget: float) -> tuple[Recipe, float]:

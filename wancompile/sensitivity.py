@@ -255,14 +255,13 @@ class HeldOut:
         """Return the relative L2 error of the model's output under `recipe` on each call."""
         return [_relative([one]) for one in self._lost(recipe)]
 
-    def hardest(self, count: int, recipe: Recipe) -> HeldOut:
-        """Return these with only the `count` calls on which `recipe` errs most, in their order."""
-        if len(self.calls) <= count:
+    def hardest(self, recipe: Recipe) -> HeldOut:
+        """Return these with only the call on which `recipe` errs most."""
+        if len(self.calls) == 1:
             return self
         errors = self.errors_of(recipe)
-        most = sorted(sorted(range(len(errors)), key=lambda at: -errors[at])[:count])
-        expected = [self._expected[at] for at in most]
-        return HeldOut(self.program, [self.calls[at] for at in most], self._stats, expected)
+        most = errors.index(max(errors))
+        return HeldOut(self.program, [self.calls[most]], self._stats, [self._expected[most]])
 
     def one_by_one(self, recipes: Sequence[Recipe], bar: tqdm[Any]) -> list[SiteSensitivity]:
         """Return what each site that `recipes` round does alone; they differ in attention only."""
