@@ -194,8 +194,8 @@ def compile(
             neither latents nor a generator; or calls of each expert by name.
         recipe: one of `RECIPES` by name ("int8", "fp8", "int8-attention", "int8-attention-fast",
             "fp8-attention"), a `Recipe`, or a budget for one, as `Recipe.auto` makes it: then each
-            site gets a type that suits it, by the errors measured on two of the calls kept, which
-            takes half a forward a site, type and call.
+            site gets a type that suits it, by the errors measured on the call kept that errs most,
+            which takes half a forward a site and type.
         stats: statistics of an earlier `calibrate`, instead of `calib_data`.
         example_inputs: one call that shows the shapes, needed where `calib_data` is not given; for
             a pipeline one by each expert's name.

@@ -262,10 +262,15 @@ class Recipe:
 class Auto:
     """A wish in the place of a recipe: `compile` chooses a type for each site after calibration.
 
-    `max_error` is the largest relative L2 error of the model's output on held-out calls; within it
-    the time is least. `max_ms` is the longest time, in milliseconds, of one call of all of the
-    model's blocks with `tokens` video tokens (by default those of the first call seen); within it
-    the error is least. With both, the error must be reached in the time.
+    `max_error` bounds the relative L2 error of the model's output on every single call that was
+    held out from calibration, with weights rounded as they will be; within it the time is least.
+    Calls at the last steps of sampling err several times as much as the first, so the bound is as
+    good as the calls: calibrate with the steps that you will sample with. The report names the
+    timesteps that were measured.
+
+    `max_ms` is the longest time, in milliseconds, of one call of all of the model's blocks with
+    `tokens` video tokens (by default those of the first call seen); within it the error is least.
+    With both, the error must be reached in the time.
 
     `types`, some of `LINEARS`, may be used, as fast as they were measured on `device`; those with
     scales per token for self-attention too if `attention` is set, those with static ones behind an
