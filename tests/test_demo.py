@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import tomllib
+from dataclasses import replace
 from glob import glob
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from PIL import Image
 
 import wancompile
 from wancompile import demo
-from wancompile.demo import checkpoints
+from wancompile.demo import checkpoints, show
 from wancompile.demo.animation import difference, side_by_side
 from wancompile.demo.conditions import TEXT_TOKENS, image_states, prompt, text_states
 from wancompile.demo.sampler import Request, calls, sample
@@ -19,10 +20,13 @@ from wancompile.demo.sampler import Request, calls, sample
 
 @pytest.fixture(scope="module")
 def shown(tmp_path_factory: pytest.TempPathFactory) -> tuple[demo.Result, str]:
+    """The demonstration, calibrated on two steps of one video in the place of eight of three."""
     said: list[str] = []
-    result = demo.run(
-        tmp_path_factory.mktemp("demo"), digit=3, steps=2, echo=said.append, progress=False
-    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(show, "_CALIBRATION_STEPS", 2)
+        patch.setattr(show, "_CALIBRATION_VIDEOS", 1)
+        out = tmp_path_factory.mktemp("demo")
+        result = demo.run(out, digit=3, steps=2, echo=said.append, progress=False)
     return result, "\n".join(said)
 
 
@@ -115,7 +119,7 @@ def test_the_calls_of_sampling_are_those_of_the_model(name: checkpoints.Name) ->
     assert len(seen) == 4
     assert ("encoder_hidden_states_image" in seen[0]) == (name == "i2v")
     assert not model._forward_pre_hooks
-    video = sample(model, request)
+    video = sample(model, replace(request, steps=1))
     assert video.shape == (1, 1, 9, 24, 24)
 
 
