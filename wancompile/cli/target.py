@@ -95,8 +95,10 @@ def recipe(text: str | None) -> Recipe:
         return resolve(text)
     try:
         return Recipe.from_json(Path(text).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"the recipe {text} cannot be read: {error}") from error
+    except OSError as error:
+        raise RecipeError(f"the recipe {text} cannot be read: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"the recipe {text} is not in UTF-8") from error
 
 
 def on_meta(args: argparse.Namespace) -> Subject:
