@@ -8,6 +8,7 @@ and all are calibrated on the same calls of the schedule that is sampled with, a
 
 - one-step error: relative L2 distance of the model's output, on calls of the float32 model that
   nothing was calibrated on;
+- of automatic recipes, which bound it, also that of the worst call of each video;
 - PSNR, SSIM and temporal error of the final videos, and what a classifier sees in them.
 
 Every subject runs in a process of its own and writes its results after every column. Columns for
@@ -93,6 +94,14 @@ class Reference:
         pairs = zip(self.calls, self.outputs, strict=True)
         return torch.cat([_errors(outputs(model, batch), expected) for batch, expected in pairs])
 
+    def worst_call(self, model: Any) -> Tensor:
+        """Return for each video the relative L2 error of its worst call, as budgets bound it."""
+        found = []
+        for batch, expected in zip(self.calls, self.outputs, strict=True):
+            pairs = zip(outputs(model, batch), expected, strict=True)
+            found.append(torch.stack([_errors([a], [e]) for a, e in pairs]).amax(0))
+        return torch.cat(found)
+
 
 def _errors(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> Tensor:
     pairs = zip(actual, expected, strict=True)
@@ -175,9 +184,12 @@ def _figures(
             return {"left_out": str(error)}
         except Exception as error:  # whatever peers raise: the other columns are still wanted
             return {"failed": f"{type(error).__name__}: {error}"}
-    choice = getattr(getattr(model, "report", None), "choice", None)
     figures["seconds"] = {"make": made - started, "run": time.perf_counter() - made}
-    return {**figures, "note": str(choice)} if choice is not None else figures
+    choice = getattr(getattr(model, "report", None), "choice", None)
+    if choice is None:
+        return figures
+    worst = accuracy_table.spread("one_step", reference.worst_call(model))
+    return {**figures, "worst_call": worst, "note": str(choice)}
 
 
 def part_name(name: str, kind: str) -> str:

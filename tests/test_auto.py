@@ -15,7 +15,7 @@ import zoo
 from sensing import made
 
 import wancompile
-from benchmarks import subjects
+from benchmarks import accuracy, subjects
 from wancompile import auto, cost, passes, pipeline
 from wancompile.auto import Choice, resolve
 from wancompile.demo import sampler
@@ -320,6 +320,21 @@ def test_benchmarks_calibrate_on_the_whole_schedule_without_more_forwards():
         same = [torch.equal(call["hidden_states"], one[at]["hidden_states"]) for one in halves]
         assert same == [at // 2 % 2 == 0, at // 2 % 2 == 1]
     assert len(subjects.alternating(Still(), subjects.part(asked, 0, 1))) == 12
+
+
+def test_benchmarks_tell_the_worst_call_of_each_video():
+    reference = accuracy.Reference.__new__(accuracy.Reference)
+    data = [[{"x": torch.tensor([[3.0, 4.0], [2.0, 0.0]])}, {"x": torch.tensor([[0.0, 5.0]] * 2)}]]
+    reference.calls = [*data, *data]
+    reference.outputs = [[call["x"].double() for call in batch] for batch in reference.calls]
+    off = {5.0: torch.tensor([[0.5, 0.0], [0.1, 0.0]]), 4.0: torch.tensor([[0.1, 0.0], [0.3, 0.0]])}
+
+    def model(x, return_dict):
+        return (x + off[float(x.amax())],)
+
+    model.dtype = torch.float32
+    expected = torch.tensor([0.1, 0.15] * 2, dtype=torch.float64)
+    torch.testing.assert_close(reference.worst_call(model), expected, atol=1e-6, rtol=0)
 
 
 class Trained:
