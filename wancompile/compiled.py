@@ -41,6 +41,7 @@ class CompiledModel(TakesLoras, PipelinePart):
 
     Attributes:
         program: the whole program, at level LOWERED.
+        config: the configuration of the original, None where it had none.
         report: what was rewritten, what was skipped and why, errors per site.
     """
 
