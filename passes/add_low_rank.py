@@ -130,7 +130,7 @@ class _Branch:
             return bias_of(self.node)
         if self.slot.shift not in self.draft.state:
             bias = self.draft.state[self.slot.bias]
-            self.draft.keep(self.slot.shift, bias.to(torch.float32, copy=True))
+            self.draft.keep(self.slot.shift, bias.to(self._place, torch.float32, copy=True))
         stored = self.draft.read(self.slot.shift, before=self.node)
         # A float linear wants its bias in its own type.
         is_float = match.is_float_linear(self.node)
@@ -138,9 +138,14 @@ class _Branch:
 
     def _zeros(self, name: str, *shape: int) -> Node:
         if name not in self.draft.state:
-            device = self.draft.state[self.slot.weight].device
-            self.draft.keep(name, torch.zeros(shape, dtype=self.dtype, device=device))
+            self.draft.keep(name, torch.zeros(shape, dtype=self.dtype, device=self._place))
         return self.draft.read(name, before=self.node)
+
+    @property
+    def _place(self) -> torch.device:
+        """Where the graph computes, which is not where a weight is that waits on the host."""
+        stored = self.draft.state[self.slot.weight].device
+        return stored if stored.type == "meta" else self._weight.device
 
 
 def _add_to_scaled(branch: _Branch) -> None:

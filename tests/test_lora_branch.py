@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from small import CHANNELS, WEIGHTS, X, attend, fused, normal, plain, quantized
 from torch import Tensor
 
 from wancompile import ops, pipeline
-from wancompile.ir import match, text
+from wancompile.ir import edit, match, text
 from wancompile.kernels import base
 from wancompile.passes import lowering
 from wancompile.passes.add_low_rank import AddLowRank, Slot
@@ -147,3 +149,21 @@ def test_each_device_gets_its_kernels(monkeypatch, capability, expected):
     weights = {name: torch.randn(48, 48) / 7 for name in ("wq", "wk", "wv", "wo")}
     called = lowered_on(monkeypatch, capability, weights)
     assert {one: sum(one in name for name in called) for one in expected} == expected
+
+
+@pytest.mark.parametrize("recipe", [plain("int8"), Recipe("none", None)])
+def test_room_is_where_the_graph_computes(recipe):
+    """Not where a weight is that waits on the host, as `hoist(offload=True)` leaves them."""
+    program = small(recipe)
+    draft = program.draft()
+    mode = draft.fake_mode
+    with torch.no_grad(), mode:  # no such device is needed
+        on_host = {name: mode.from_tensor(one) for name, one in program.state.items()}
+        edit.retarget(draft.graph, CUDA)
+        waiting = replace(program, graph=draft.graph, state=on_host)
+        after = pipeline.run(waiting, [AddLowRank(slots(program), torch.float32)])
+    added = after.state.keys() - on_host.keys()
+    assert len(added) > 2 * (1 if recipe.linears else 3)
+    assert {after.state[name].device.type for name in added} == {"cuda"}
+    values = (node.meta.get("val") for node in after.graph.nodes)
+    assert {one.device.type for one in values if isinstance(one, Tensor)} == {"cuda"}

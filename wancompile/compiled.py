@@ -22,7 +22,6 @@ from wancompile.lora.branches import Branches
 from wancompile.lora.model import TakesLoras
 from wancompile.part import PipelinePart
 from wancompile.program import Program
-from wancompile.prompts import PromptCache
 from wancompile.report import Report
 from wancompile.samples import wrap_output
 from wancompile.signature import name_arguments
@@ -73,9 +72,9 @@ class CompiledModel(TakesLoras, PipelinePart):
         self._have(loras)
 
     def _run(self, program: Program) -> None:
-        if program is self.program and not self._is_away:
-            if self._loop is not None:  # what was kept of prompts is that of other numbers
-                self._loop.cache = PromptCache(self._loop.cache.size)
+        if program is self.program:
+            if self._loop is not None:
+                self._loop.renew()
             return
         self.program = program
         self.report = self.report.with_program(program)
@@ -89,20 +88,34 @@ class CompiledModel(TakesLoras, PipelinePart):
             self.report = replace(self.report, hoisting=None)
             self.lowered = self.program.module
             return
-        away = wish.offload and self._device.type != "cpu"
-        if away:
-            moved = hoist.to_host(self._fused, found.weights, self._device)
-            self._fused = hoist.holding(self._fused, moved)
-            self.program = hoist.holding(self.program, moved)
-            self._base = hoist.holding(self._base, moved)
-            self._branches.hold(moved)
         parts = hoist.split(self.program, found.inputs)
+        away = wish.offload and hoist.is_apart(self._device)
+        if away:
+            parts = self._send_away(parts, found.weights)
         self._loop = hoist.Loop(parts, wish.prompts, self._device, away=away)
         self.report = replace(
             self.report, hoisting=self._loop.described(hoist.facts(self._fused, found))
         )
         # Registered is what torch.export may need; what is away has no place on the device.
         self.lowered = self._loop.body if away else self.program.module
+
+    def _send_away(self, parts: hoist.Split, weights: frozenset[str]) -> hoist.Split:
+        """Let whatever holds what the prologue alone reads hold it on the host.
+
+        That is `weights`, those of the model, and what LoRAs have beside them.
+        """
+        added = parts.alone - weights
+        moved = {
+            **hoist.to_host(self._fused, weights, self._device),
+            **hoist.to_host(self.program, added, self._device),
+        }
+        is_base = self.program is self._base
+        self._fused = hoist.holding(self._fused, moved)
+        self._base = hoist.holding(self._base, moved)
+        with_loras = self._branches.hold(moved)
+        # The same object, so that another LoRA in the same room is known to need no more than that.
+        self.program = self._base if is_base or with_loras is None else with_loras
+        return parts.holding(moved)
 
     def hoist(
         self, prompts: int = 2, *, inputs: Sequence[str] | None = None, offload: bool = False

@@ -109,6 +109,15 @@ class Split:
     body: Program
     places: tuple[int, ...]
 
+    @property
+    def alone(self) -> frozenset[str]:
+        """The names of the stored tensors that the prologue reads and the body does not."""
+        return frozenset(self.prologue.state.keys() - self.body.state.keys())
+
+    def holding(self, tensors: Mapping[str, Tensor]) -> Split:
+        """Return both parts, the prologue with these tensors in the place of its own."""
+        return replace(self, prologue=holding(self.prologue, tensors))
+
 
 def split(program: Program, inputs: tuple[str, ...]) -> Split:
     """Return both parts of a LOWERED `program`, which share its tensors.
@@ -121,6 +130,11 @@ def split(program: Program, inputs: tuple[str, ...]) -> Split:
         body=pipeline.run(program, [TakeBody(inputs)]),
         places=tuple(index for index, node in enumerate(order) if node.name in inputs),
     )
+
+
+def is_apart(device: torch.device) -> bool:
+    """Whether what is on the host is not on `device`."""
+    return device.type != "cpu"
 
 
 def to_host(program: Program, names: Collection[str], device: torch.device) -> dict[str, Tensor]:
@@ -148,25 +162,43 @@ class Loop:
     """
 
     def __init__(self, parts: Split, prompts: int, device: torch.device, *, away: bool) -> None:
-        self.cache = PromptCache(prompts)
         self.away = away
         self.body = parts.body.module
-        self._places = parts.places
+        self._parts = parts
+        self._device = device
+        self._begin(prompts)
+
+    def _begin(self, prompts: int) -> None:
+        prologue = self._parts.prologue
+        self.cache = PromptCache(prompts)
         self._prologue: Callable[..., Any] = (
-            Stream(parts.prologue, device) if away else parts.prologue
+            Stream(prologue, self._device) if self.away else prologue
         )
 
+    def renew(self) -> None:
+        """Begin again, as numbers of stored tensors have changed.
+
+        What was kept of prompts is of the old ones, and so is what a stream has copies of.
+        """
+        self._begin(self.cache.size)
+
     def described(self, gain: Hoisting) -> Hoisting:
-        """Return what is gained, with what is kept of how many prompts and what is moved."""
-        stays = 0
-        if isinstance(self._prologue, Stream):
-            stays = sum(tensor.nbytes for tensor in self._prologue.state.values())
-        moved = gain.weight_bytes - stays if self.away else 0
-        return replace(gain, prompts=self.cache.size, moved_bytes=moved)
+        """Return what is gained, with what is kept of how many prompts and what is moved.
+
+        LoRAs beside weights of the prologue count among these.
+        """
+        state, alone = self._parts.prologue.state, self._parts.alone
+        stays = self._prologue.state if isinstance(self._prologue, Stream) else state
+        return replace(
+            gain,
+            prompts=self.cache.size,
+            weight_bytes=sum(state[name].nbytes for name in alone),
+            moved_bytes=sum(state[name].nbytes for name in alone - stays.keys()),
+        )
 
     def __call__(self, *tensors: Tensor) -> Any:
         """Return the leaves of the output for the inputs of the whole program, in order."""
-        steady = [tensors[place] for place in self._places]
+        steady = [tensors[place] for place in self._parts.places]
         kept = self.cache.find(steady)
         if kept is None:
             log.debug("a new prompt: what depends on it alone is computed")

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import MappingProxyType
 
 import torch
 from torch import Tensor
 
 from wancompile import passes, pipeline
+from wancompile.hoist import holding
 from wancompile.lora.adapter import Adapter, Factors
 from wancompile.lora.places import Place, places
 from wancompile.passes.add_low_rank import AddLowRank, Slot
@@ -65,12 +66,15 @@ class Branches:
         self.loras = MappingProxyType(dict(loras))
         return lowered
 
-    def hold(self, tensors: Mapping[str, Tensor]) -> None:
-        """Read these stored tensors, of the same numbers, in the place of those of that name."""
+    def hold(self, tensors: Mapping[str, Tensor]) -> Program | None:
+        """Read these stored tensors, of the same numbers, in the place of those of that name.
+
+        Returns:
+            The program that `load` returns from now on, until there is more room.
+        """
         if self._lowered is not None:
-            state = self._lowered.state
-            moved = {name: tensors.get(name, tensor) for name, tensor in state.items()}
-            self._lowered = replace(self._lowered, state=moved)
+            self._lowered = holding(self._lowered, tensors)
+        return self._lowered
 
     def _filled(
         self, fused: Program, loras: Loras, device: torch.device, dtype: torch.dtype
