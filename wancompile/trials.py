@@ -209,12 +209,6 @@ class Branches(Interpreter):
             self._starting.setdefault(first, []).append(trial)
         self.executed = 0
 
-    def together(self, call: Mapping[str, Any], chosen: Sequence[Trial]) -> list[Tensor]:
-        """Return the program's outputs with all of `chosen` rounded, or with none."""
-        roundings = {node: one for trial in chosen for node, one in trial.roundings.items()}
-        self._begin(call)
-        return self._finish(0, roundings)
-
     def outcomes(self, call: Mapping[str, Any], expected: Sequence[Tensor]) -> Iterator[Outcome]:
         """Yield what each trial does on `call`; `expected` are the program's own outputs."""
         self._begin(call)
