@@ -171,6 +171,25 @@ def test_keys_around_zero_are_not_centred():
     assert "attention_k_middle" not in program.state
 
 
+@pytest.mark.parametrize("second", [-0.4, 0.9])
+def test_keys_are_centred_only_if_calls_agree_on_their_middle(second):
+    """Of two videos, the second one's keys are as the first one's times a factor.
+
+    A range of both has its middle off zero. Where the two lie on either side of it, a third one may
+    be anywhere between the first and its mirror image, which would saturate in that range.
+    """
+    x = torch.randn(CHANNELS, generator=torch.Generator().manual_seed(3)) + 0.1 * X
+    weights = {**WEIGHTS, "bk": torch.zeros(CHANNELS)}
+    program = normal(attend, **weights)
+    calibration = Calibration(program, rows=32)
+    for factor in (1.0, second):
+        calibration(x=factor * x)
+    program = pipeline.run(program, [QuantizeAttention(attention_only(), calibration.stats())])
+    assert ("sub" in counts(program)) == (second > 0)
+    seen = x if second > 0 else torch.cat([x, -x])
+    assert error(program, attend, seen, **weights) < 0.002
+
+
 def test_the_factor_of_the_logits_is_kept():
     def fn(self, x):
         return attend(self, x, attention=partial(sdpa, scale=0.7))

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from wancompile.quant.lines import HALVES
 from wancompile.quant.numerics import FP8, scale_of
 from wancompile.quant.stats import HeadStats
 
@@ -19,7 +20,7 @@ class HeadScales:
     """The scales of one attention, and what is subtracted from its keys before they are rounded.
 
     `q`, `k` and `v` are fp32 `[H]`; `middle` is fp32 `[H, 1, D]`, or None where subtracting it
-    would not narrow the keys by more than the operation may cost.
+    would not surely narrow the keys by more than the operation may cost.
     """
 
     q: Tensor
@@ -53,5 +54,30 @@ class HeadScales:
 
 def _gains_by_centring(keys: HeadStats) -> bool:
     """Whether the mean step of the heads shrinks by more than the operation may cost."""
-    narrowed = keys.half_width.amax(-1).mean() / keys.amax.amax(-1).mean().clamp_min(1e-30)
-    return bool(narrowed < 1 - _LEAST_GAIN)
+    narrowed = _step(keys.half_width) / _step(keys.amax).clamp_min(1e-30)
+    return bool(narrowed < 1 - _LEAST_GAIN) and _narrows_others(keys)
+
+
+def _narrows_others(keys: HeadStats) -> bool:
+    """Whether the middle of one half of the calls narrows the other half, on average of both.
+
+    Where the halves lie on two sides of zero, a range that holds both is narrower around their
+    middle, and the next call may be in neither. True where there is one half only.
+    """
+    parts = zip(keys.low.chunk(HALVES), keys.high.chunk(HALVES), strict=True)
+    seen = [half for low, high in parts if (half := HeadStats(low, high)).amax.isfinite().all()]
+    if len(seen) < HALVES:
+        return True
+    one, other = seen
+    needed = _step(_reach(one, other.middle)) + _step(_reach(other, one.middle))
+    return bool(needed < _step(one.amax) + _step(other.amax))
+
+
+def _reach(keys: HeadStats, middle: Tensor) -> Tensor:
+    """Return how far from `middle [H, D]` the keys lie, `[H, D]`."""
+    return torch.maximum(keys.high.amax(0) - middle, middle - keys.low.amin(0))
+
+
+def _step(width: Tensor) -> Tensor:
+    """Return the mean over the heads of what their steps are proportional to, of `[H, D]`."""
+    return width.amax(-1).mean()
