@@ -11,6 +11,7 @@ import torch
 import zoo
 from diffusers import UniPCMultistepScheduler, WanPipeline
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from once import Traced
 from torch import Tensor, nn
 
 import wancompile
@@ -51,14 +52,12 @@ class Compiled:
 
     def __init__(self, layers: int) -> None:
         self.model, self.kwargs = zoo.make("t2v", layers)
-        self.stats = wancompile.calibrate(self.model, [self.kwargs, zoo.example("t2v", layers)])
+        self.traced = Traced.on(self.model, [self.kwargs, zoo.example("t2v", layers)])
         self._made: dict[str | Recipe, CompiledModel] = {}
 
     def by(self, recipe: str | Recipe) -> CompiledModel:
         if recipe not in self._made:
-            self._made[recipe] = wancompile.compile(
-                self.model, recipe=recipe, stats=self.stats, example_inputs=self.kwargs
-            )
+            self._made[recipe] = self.traced.compiled(recipe)
         return self._made[recipe]
 
 
@@ -276,7 +275,7 @@ def test_types_are_kept(int8):
 
 def test_it_moves(one_block):
     kwargs = one_block.kwargs
-    compiled = wancompile.compile(one_block.model, recipe="fp8", example_inputs=kwargs)
+    compiled = one_block.traced.compiled("fp8")
     kept = compiled.program
     compiled.to("cpu")
     assert compiled.program is kept
@@ -305,8 +304,9 @@ def test_the_model_is_left_as_it_was():
 
 def test_a_consumed_model_gives_up_its_weights(one_block):
     again, kwargs = zoo.make("t2v", layers=1)
+    stats = one_block.traced.prepared.stats
     compiled = wancompile.compile(
-        again, recipe="int8", stats=one_block.stats, example_inputs=kwargs, consume=True
+        again, recipe="int8", stats=stats, example_inputs=kwargs, consume=True
     )
     assert all(parameter.is_meta for parameter in again.parameters())
     assert torch.equal(output(compiled, kwargs), output(one_block.by("int8"), kwargs))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import sys
 import weakref
+from functools import cache
 
 import pytest
 import torch
@@ -31,6 +32,13 @@ def all_move(monkeypatch):
     monkeypatch.setattr(stream, "_SMALL", 8)
 
 
+@cache
+def traced(variant):
+    """Return the program of two blocks, and a call of it."""
+    model, kwargs = zoo.make(variant, 2)
+    return wancompile.trace(model, kwargs, dynamic=False), kwargs
+
+
 def sizes(program, names=None):
     return sorted(program.state[name].nbytes for name in names or program.state)
 
@@ -38,8 +46,7 @@ def sizes(program, names=None):
 @pytest.mark.parametrize("variant", ["t2v", "fused_i2v", "ti2v", "vace"])
 @pytest.mark.parametrize("budget", [0, 1 << 14, 1 << 30])
 def test_a_streamed_model_computes_the_same(all_move, variant, budget):
-    model, kwargs = zoo.make(variant, 2)
-    program = wancompile.trace(model, kwargs, dynamic=False)
+    program, kwargs = traced(variant)
     streamed = Stream(program, CPU, budget=budget)
     assert not streamed.state
     for _ in range(2):  # a second call begins anew
@@ -77,8 +84,7 @@ def test_the_peak_of_a_model_is_its_two_largest_neighbours(all_move):
 
 def test_no_more_is_held_than_is_counted(all_move):
     """Counted from outside: the copies of weights that are alive whenever an op runs."""
-    model, kwargs = zoo.make("t2v", 2)
-    program = wancompile.trace(model, kwargs, dynamic=False)
+    program, kwargs = traced("t2v")
     alive: dict[int, weakref.ref] = {}
     most = 0
 
