@@ -95,6 +95,16 @@ def test_faces_of_one_size():
     assert error(export(model, [kwargs], dynamic=False), model, kwargs) < 2e-6
 
 
+def test_faces_of_any_size_are_captured_in_one_piece():
+    """More faces than one piece takes are told with the argument that takes more of them."""
+    model, kwargs = zoo.make("animate", 1, batch=1)
+    assert len(kwargs["face_pixel_values"][0, 0]) > model.config.motion_encoder_batch_size
+    with pytest.raises(ExportError, match=r"one piece, .* such as motion_encode_batch_size") as one:
+        export(model, [kwargs])
+    assert "transformer_wan_animate.py" in one.value.source
+    assert error(export(model, [{**kwargs, "motion_encode_batch_size": 64}]), model, kwargs) < 2e-6
+
+
 # Optional inputs ------------------------------------------------------------------------------
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -159,7 +161,7 @@ def _program(
     dims: sizes.Dims,
 ) -> Program:
     graph = edit.copy_graph(exported.graph)
-    _join_pieces(graph)
+    _join_pieces(graph, _numbers_of(model))
     state = _lift_state(graph, exported)
     check_finite(state)
     leaves = flatten(example)
@@ -189,10 +191,17 @@ def _program(
     return program
 
 
-def _join_pieces(graph: Graph) -> None:
+def _numbers_of(model: torch.nn.Module) -> list[str]:
+    """Return the parameters of a forward that are said to be whole numbers, or None."""
+    parameters = inspect.signature(model.forward).parameters.values()
+    return [one.name for one in parameters if re.search(r"\bint\b", str(one.annotation))]
+
+
+def _join_pieces(graph: Graph, numbers: Sequence[str]) -> None:
     """Take a cut of an open dimension into pieces of a fixed length away, where there is one piece.
 
     That is what the cut was for this example, and what it says: rows are seen to in portions.
+    `numbers` are the arguments that may say how long these are.
 
     Raises:
         ExportError: there are several pieces, and their number would be that of the example.
@@ -203,10 +212,12 @@ def _join_pieces(graph: Graph) -> None:
         if not (match.is_symbolic(match.shape(whole)[dim]) and isinstance(length, int)):
             continue
         if len(node.meta["val"]) > 1:
+            known = f", such as {' or '.join(numbers)}" if numbers else ""
             raise ExportError(
                 f"a dimension that may change is cut into pieces of {length}, and a graph has a "
                 f"fixed number of them, {len(node.meta['val'])} in this example: call the model "
-                "such that there is one piece, as with an argument that says how long they are",
+                "such that there is one piece, as with a large number for an argument that says "
+                f"how long they are{known}",
                 source=match.source_line(node),
             )
         for piece in list(node.users):
