@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from wancompile.quant import clip
 from wancompile.quant.clip import RATIOS, clipping_ratios
 from wancompile.quant.numerics import FP8, INT8, absmax, quantize_weight
+from wancompile.quant.rounding import choose_rounding
 from wancompile.quant.search import rounded
 
 DTYPES = [INT8, FP8]
@@ -54,6 +55,20 @@ def test_int8_clips_what_stands_out_and_is_never_needed():
     assert ratios.mean() < 0.75
     errors = [(x @ (q.dequantize() - weight).T).norm() for q in (whole, clipped)]
     assert errors[1] < 0.75 * errors[0]
+
+
+def test_clipping_that_others_pay_for_is_refused():
+    """What stands out is multiplied by 0 in the tokens that choose, by 1 in those that judge."""
+    weight, x = torch.rand(64, 32) * 2 - 1, torch.randint(-1, 2, (128, 32)).float()
+    weight[:, 5], x[0::2, 5], x[1::2, 5] = 1.45, 0, 1
+    assert clipping_ratios(weight, x[0::2], x[0::2], INT8).mean() < 0.75
+    found = choose_rounding(weight, x, INT8, clip=True, gptq=False)
+    assert found.how.error_clipped > 5 * found.how.error_nearest
+    assert not found.how.clipped
+    assert found.how.error == found.how.error_nearest
+    nearest = quantize_weight(weight, INT8)
+    assert torch.equal(found.weight.data, nearest.data)
+    assert torch.equal(found.weight.scale, nearest.scale)
 
 
 def test_what_loses_nothing_is_not_clipped():

@@ -10,6 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from wancompile.quant.judge import Losses, different, halves, refusal
+from wancompile.quant.numerics import FP8, INT8, absmax, quantize_weight
+from wancompile.quant.rounding import choose_rounding
+from wancompile.quant.search import Weights, choose
 
 
 def losses(lost, total=1.0):
@@ -109,3 +112,58 @@ def test_halves_take_turns():
     assert first.flatten().tolist() == [0, 2, 4]
     assert second.flatten().tolist() == [1, 3]
     assert first.dtype == torch.float32
+
+
+# Smoothing, clipping and GPTQ on tokens that neither chose nor judged -------------------------
+
+
+def drawn(seed: int):
+    """A weight `[24, 32]`, 8 to 64 tokens to choose and judge by, and 256 fresh ones.
+
+    Channels may differ in size, be mixed, and tokens be loud or quiet: one seed in each way.
+    """
+    draw = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(shape, generator=draw)
+
+    seen = (8, 16, 64)[seed % 3]
+    sizes = ((0.0, 0.5, 1.5)[seed // 3 % 3] * normal(32)).exp()
+    mixed = torch.eye(32) + 0.3 * (seed % 2) * normal(32, 32)
+    loud = (0.8 * (seed // 2 % 2) * normal(seen + 256, 1)).exp()
+    x = loud * (normal(seen + 256, 32) @ mixed) * sizes
+    return normal(24, 32) / sizes, x[:seen], x[seen:]
+
+
+def in_8_bits(x, weight, q):
+    """The relative error of the product of inputs, rounded per token, and a weight, in fp64."""
+    rounded = quantize_weight(x, q.data.dtype).dequantize().double()
+    exact = x.double() @ weight.double().T
+    return float((rounded @ q.dequantize().double().T - exact).norm() / exact.norm())
+
+
+def smoothed(weight, tokens, fresh, dtype):
+    """The error with the scale found, and whether it was kept."""
+    found = choose(absmax(tokens, 0), Weights.of([weight], len(weight)), tokens, dtype)
+    scaled = weight * found.best.scale
+    error = in_8_bits(fresh / found.best.scale, scaled, quantize_weight(scaled, dtype))
+    return error, found.helps
+
+
+def better_rounded(weight, tokens, fresh, dtype):
+    """The error with clipping and GPTQ as they were kept, and whether either was."""
+    found = choose_rounding(weight, tokens, dtype, clip=True, gptq=True)
+    return in_8_bits(fresh, weight, found.weight), found.how.clipped or found.how.gptq
+
+
+@pytest.mark.parametrize("dtype", [INT8, FP8], ids=["int8", "fp8"])
+@pytest.mark.parametrize("feature", [smoothed, better_rounded])
+def test_what_is_kept_harms_no_fresh_token(feature, dtype):
+    kept = []
+    for seed in range(72):
+        weight, tokens, fresh = drawn(seed)
+        error, was_kept = feature(weight, tokens, fresh, dtype)
+        if was_kept:
+            kept.append(error / in_8_bits(fresh, weight, quantize_weight(weight, dtype)))
+    assert max(kept) < 1.02
+    assert sum(kept) < 0.98 * len(kept)

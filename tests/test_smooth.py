@@ -169,6 +169,25 @@ def test_what_gains_nothing_stays():
     assert "in forward" in note.source
 
 
+def test_a_scale_that_harms_other_tokens_stays():
+    """The first channel is large in the tokens that choose, and in none of those that judge."""
+    before = normal(stream, **{name: tensor.sign() for name, tensor in tensors().items()})
+    stats = calibrated(before)
+    patterns = torch.randperm(256, generator=torch.Generator().manual_seed(2))[:64]
+    tokens = (patterns[:, None] >> torch.arange(8) & 1) * 2.0 - 1  # all signs, no two rows alike
+    tokens[0::2, 0] *= 50
+    site, found = next((site, one) for site, one in stats.channels.items() if str(site) == "wq")
+    amax = tokens.abs().amax(0).expand_as(found.amax)
+    crafted = replace(found, amax=amax, sample=tokens, priority=torch.arange(64.0))
+    stats = replace(stats, channels={**stats.channels, site: crafted})
+    after = run_pass(before, Smooth(only(Role.ATTN_QKV), stats))
+    assert after.print() == before.print()
+    smoothing = after.groups[0].smoothing
+    assert smoothing.error_smoothed > smoothing.error_plain
+    assert smoothing.error == smoothing.error_plain
+    assert after.records[-1].skipped[0].text == "smoothing does not lower the calibrated error"
+
+
 def test_a_shared_weight_stays():
     def fn(self, x):
         return attend(self, x * self.gain, value_weight="wk")
