@@ -29,7 +29,11 @@ _NUMBER = re.compile(r"(?<![\w.])\d+(?:\.\d+)?(?![\w])")
 
 @dataclass(frozen=True)
 class RoleSummary:
-    """The groups of one role together: mean relative L2 errors over those that were judged."""
+    """The groups of one role together.
+
+    `smoothed` of the `groups` are smoothed, with 1/s in the places that `folds` names. Errors are
+    means of relative L2 errors over the groups that were judged, None where none was.
+    """
 
     role: Role
     groups: int
