@@ -14,6 +14,7 @@ from wancompile.compiled import CompiledModel
 from wancompile.errors import LoraError, of_expert
 from wancompile.lora.adapter import Adapter
 from wancompile.lora.files import PARTS, Stored, split
+from wancompile.lora.model import add, fit, merge_into, restoring
 
 Given = Stored | Mapping[str, Stored]
 """A LoRA, or one for each expert by its name."""
@@ -63,9 +64,9 @@ class ExpertsTakeLoras:
         adapters = self._adapters(lora, expert, strict=strict)
         with ExitStack() as stack:
             for at, adapter in adapters.items():
-                stack.enter_context(self.experts[at].restoring())
+                stack.enter_context(restoring(self.experts[at]))
                 with of_expert(at):
-                    self.experts[at].add_adapter(adapter, name, scale)
+                    add(self.experts[at], adapter, name, scale)
 
     def set_lora(self, scales: Mapping[str, float], *, expert: str | None = None) -> None:
         """Say how much of each loaded LoRA is added; of those not named, nothing.
@@ -82,7 +83,7 @@ class ExpertsTakeLoras:
         with ExitStack() as stack:
             for at in about:
                 model = self.experts[at]
-                stack.enter_context(model.restoring())
+                stack.enter_context(restoring(model))
                 with of_expert(at):
                     model.set_lora({one: scales[one] for one in scales if one in model.loras})
 
@@ -96,7 +97,7 @@ class ExpertsTakeLoras:
         self._need([name], about)
         with ExitStack() as stack:
             for model in (self.experts[at] for at in about):
-                stack.enter_context(model.restoring())
+                stack.enter_context(restoring(model))
                 if name in model.loras:
                     model.unload_lora(name)
 
@@ -129,9 +130,9 @@ class ExpertsTakeLoras:
         originals = _originals(reference, list(adapters))
         with ExitStack() as stack:
             for at, adapter in adapters.items():
-                stack.enter_context(self.experts[at].restoring())
+                stack.enter_context(restoring(self.experts[at]))
                 with of_expert(at):
-                    self.experts[at].merge_adapter(adapter, scale, originals[at])
+                    merge_into(self.experts[at], adapter, scale, originals[at])
 
     def _adapters(self, lora: Given, expert: str | None, *, strict: bool) -> dict[str, Adapter]:
         """Return what each expert gets, all of which fits."""
@@ -139,7 +140,7 @@ class ExpertsTakeLoras:
         found = {}
         for at, tensors in given.items():
             with of_expert(at):
-                found[at] = self.experts[at].read_lora(tensors, strict=strict)
+                found[at] = fit(self.experts[at], tensors, strict=strict)
         return found
 
     def _given(self, lora: Given, expert: str | None, *, strict: bool) -> dict[str, Stored]:
@@ -186,7 +187,7 @@ class ExpertsTakeLoras:
         for at, model in self.experts.items():
             try:
                 with of_expert(at if len(self.experts) == 1 else ""):
-                    model.read_lora(lora, strict=strict)
+                    fit(model, lora, strict=strict)
                 fits.append(at)
             except LoraError as error:
                 failures.append(error)

@@ -56,7 +56,7 @@ class TakesLoras:
             LoraError: with the name, where it is broken or of another model. The model, and the
                 LoRAs that it has, are then as they were.
         """
-        self.add_adapter(self.read_lora(lora, strict=strict), name, scale)
+        add(self, fit(self, lora, strict=strict), name, scale)
 
     def set_lora(self, scales: Mapping[str, float]) -> None:
         """Say how much of each loaded LoRA is added; of those not named, nothing.
@@ -108,50 +108,7 @@ class TakesLoras:
             LoraError: as for `load_lora`, or `reference` is another model.
             NumericsError: a weight becomes infinite.
         """
-        self.merge_adapter(self.read_lora(lora, strict=strict), scale, reference)
-
-    # For whoever has several models, and must know that all of them can before one does.
-
-    def read_lora(self, lora: Stored, *, strict: bool = True) -> Adapter:
-        """Return a LoRA by the paths of this model's linears, which it fits; nothing is loaded.
-
-        Raises:
-            LoraError: as for `load_lora`.
-        """
-        return fitting(parse(read(lora)), self._branches.places, strict=strict)
-
-    def add_adapter(self, adapter: Adapter, name: str, scale: float) -> None:
-        """Do what `load_lora` does with what `read_lora` returned."""
-        lora = Lora(adapter, _number(name, scale))
-        with self.restoring():
-            self._have({**self._branches.loras, name: lora})
-
-    def merge_adapter(
-        self, adapter: Adapter, scale: float, reference: torch.nn.Module | None
-    ) -> None:
-        """Do what `merge_lora` does with what `read_lora` returned."""
-        scale = _number("the LoRA", scale)
-        with self.restoring():
-            whole = self._fused.to(self._device)
-            self._fused = merge(whole, self._branches.places, adapter, scale, reference)
-            self._lower(self._device)
-
-    @contextmanager
-    def restoring(self) -> Iterator[None]:
-        """Have weights and LoRAs as they were if what is done inside does not succeed.
-
-        Until then the weights that are merged into are there twice.
-        """
-        fused, loras = self._fused, self._branches.loras
-        try:
-            yield
-        except BaseException:
-            if self._fused is not fused:
-                self._fused = fused
-                self._lower(self._device)
-            if self._branches.loras is not loras:
-                self._have(loras)
-            raise
+        merge_into(self, fit(self, lora, strict=strict), scale, reference)
 
     def _need(self, name: str) -> None:
         known = self._branches.loras
@@ -168,6 +125,55 @@ class TakesLoras:
     def _run(self, program: Program) -> None:
         """Run `program` from now on, whose numbers may have changed if it did so before."""
         raise NotImplementedError
+
+
+# The steps of these methods, for whoever has several models and must know that all of them can take
+# a step before one does.
+
+
+def fit(model: TakesLoras, lora: Stored, *, strict: bool = True) -> Adapter:
+    """Return a LoRA by the paths of the model's linears, which it fits; nothing is loaded.
+
+    Raises:
+        LoraError: as for `load_lora`.
+    """
+    return fitting(parse(read(lora)), model._branches.places, strict=strict)
+
+
+def add(model: TakesLoras, adapter: Adapter, name: str, scale: float) -> None:
+    """Do what `load_lora` does with what `fit` returned."""
+    lora = Lora(adapter, _number(name, scale))
+    with restoring(model):
+        model._have({**model._branches.loras, name: lora})
+
+
+def merge_into(
+    model: TakesLoras, adapter: Adapter, scale: float, reference: torch.nn.Module | None
+) -> None:
+    """Do what `merge_lora` does with what `fit` returned."""
+    scale = _number("the LoRA", scale)
+    with restoring(model):
+        whole = model._fused.to(model._device)
+        model._fused = merge(whole, model._branches.places, adapter, scale, reference)
+        model._lower(model._device)
+
+
+@contextmanager
+def restoring(model: TakesLoras) -> Iterator[None]:
+    """Have weights and LoRAs as they were if what is done inside does not succeed.
+
+    Until then the weights that are merged into are there twice.
+    """
+    fused, loras = model._fused, model._branches.loras
+    try:
+        yield
+    except BaseException:
+        if model._fused is not fused:
+            model._fused = fused
+            model._lower(model._device)
+        if model._branches.loras is not loras:
+            model._have(loras)
+        raise
 
 
 def _number(name: str, scale: float) -> float:
