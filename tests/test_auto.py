@@ -16,8 +16,9 @@ from sensing import made
 
 import wancompile
 from benchmarks import accuracy, subjects
-from wancompile import auto, cost, passes, pipeline
+from wancompile import cost, passes, pipeline
 from wancompile.auto import Choice, resolve
+from wancompile.candidates import Candidates, Point
 from wancompile.demo import sampler
 from wancompile.demo.sampler import calls
 from wancompile.errors import CalibrationError, InputError, RecipeError
@@ -43,7 +44,7 @@ def chosen(**budget) -> Choice:
 
 
 @cache
-def ends() -> tuple[auto.Point, auto.Point]:
+def ends() -> tuple[Point, Point]:
     """All in floating point, and the fastest."""
     frontier = chosen(max_error=1.0).frontier
     return frontier[0], frontier[-1]
@@ -147,7 +148,7 @@ def test_no_other_choice_of_a_few_sites_is_better():
     first = [one for one in times.sites if str(one.site).startswith("blocks.0.")]
     few = cost.Costs(tuple(first), 0.0, 1.0, TOKENS, "")
     groups = [one for one in t2v.program.groups if str(one.key).startswith("blocks.0.")]
-    candidates = auto._Candidates(request, few, t2v.found, groups)
+    candidates = Candidates(request, few, t2v.found, groups)
     every = [
         (sum(t2v.found.error(str(s.site), o) ** 2 for s, o in zip(first, options, strict=True)),
          sum(s.ms[o] for s, o in zip(first, options, strict=True)))
