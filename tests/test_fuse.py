@@ -62,6 +62,18 @@ def traced(model: nn.Module, inputs: Inputs, *, dynamic: bool = False) -> Traced
     return Traced(normal, calibration.stats())
 
 
+@functools.cache
+def wan(variant: str) -> tuple[Traced, Inputs]:
+    """Return a model of the zoo, traced for one size, and the call it was traced on."""
+    model, inputs = zoo.make(variant, LAYERS)
+    return traced(model, inputs), inputs
+
+
+@functools.cache
+def levels(variant: str, recipe: str = "int8-attention") -> Levels:
+    return wan(variant)[0].levels(recipe)
+
+
 def outputs(found: Levels, inputs: Inputs) -> list[Tensor]:
     return [program(**inputs)[0] for program in found]
 
@@ -123,10 +135,9 @@ def blocks(variant: str) -> list[str]:
 
 @pytest.mark.parametrize("variant", zoo.VARIANTS)
 def test_every_block_of_every_wan_is_fused(variant):
-    model, inputs = zoo.make(variant, LAYERS)
-    both = traced(model, inputs)
+    _, inputs = wan(variant)
     for recipe in RECIPES:
-        found = both.levels(recipe)
+        found = levels(variant, recipe)
         for block in blocks(variant):
             wanted = expected(variant, block)
             if block == "blocks.0":
@@ -139,8 +150,7 @@ def test_every_block_of_every_wan_is_fused(variant):
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_norms_of_cross_attention_stay(recipe):
     """Of q and k of video and text, and of k of the image; there nothing rotates."""
-    model, inputs = zoo.make("i2v", LAYERS)
-    found = traced(model, inputs).levels(recipe)
+    found = levels("i2v", recipe)
     before, after = (text.op_counts(one.graph) for one in (found.quantized, found.fused))
     ops = ("norm_rotate", "norm_rotate_quantize", "norm_rotate_quantize_per_token")
     assert (before["rms_norm"], after["rms_norm"]) == (5 * LAYERS, 3 * LAYERS)
@@ -149,8 +159,7 @@ def test_norms_of_cross_attention_stay(recipe):
 
 
 def test_what_is_merged_in_a_block():
-    model, inputs = zoo.make("i2v", LAYERS)
-    fused = traced(model, inputs).levels().fused
+    fused = levels("i2v").fused
     (record,) = (one for one in fused.records if one.name == "merge_linears")
     attn1, attn2 = "blocks.1.attn1", "blocks.1.attn2"
     assert [note.text for note in record.done if is_under(note.site, "blocks.1")] == [
@@ -162,14 +171,12 @@ def test_what_is_merged_in_a_block():
 
 def test_control_hints_are_added_by_the_norm_that_follows():
     """What control blocks add to the stream comes from no 8-bit linear."""
-    model, inputs = zoo.make("vace", LAYERS)
-    counts = text.op_counts(traced(model, inputs).levels().fused.graph)
+    counts = text.op_counts(levels("vace").fused.graph)
     assert counts["residual_norm_quantize"] == len(zoo.vace_layers(LAYERS))
 
 
 def test_rows_of_a_timestep_per_token_are_found_once():
-    model, inputs = zoo.make("ti2v", LAYERS)
-    counts = text.op_counts(traced(model, inputs).levels().fused.graph)
+    counts = text.op_counts(levels("ti2v").fused.graph)
     assert counts["repeated_rows"] == 1
     assert counts["residual_norm_quantize"] == 2 * LAYERS - 1
 
@@ -220,8 +227,8 @@ def test_bf16_is_rounded_less_often(variant, recipe):
 @pytest.mark.parametrize("style", ["matmul", "einsum", "bmm"])
 def test_a_wan_by_another_hand(style, variant):
     """All is fused but a rotation that is spelled as a sum over whole heads."""
-    wan, inputs = zoo.make(variant, LAYERS)
-    loom = clone.from_wan(wan, clone.Taste(style, long_gelu=style == "bmm"))
+    model, inputs = zoo.make(variant, LAYERS)
+    loom = clone.from_wan(model, clone.Taste(style, long_gelu=style == "bmm"))
     arguments = clone.arguments(inputs)
     both = traced(loom, arguments)
     wanted = expected(variant, "blocks.0")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import replace
+from functools import cache
 
 import clone
 import pytest
@@ -24,6 +25,8 @@ from wancompile.passes import NORMALIZE
 from wancompile.program import Program
 
 RESIZABLE = [variant for variant in zoo.VARIANTS if variant != "animate"]
+# Every spelling that passes meet in them is in one of these, too.
+UNLIKE = ["t2v", "flf2v", "ti2v", "vace", "i2v_no_cross_norm", "fused_i2v"]
 
 
 def in_double(program: Program) -> Program:
@@ -60,18 +63,24 @@ def test_the_function_stays_to_the_last_digit(variant):
     assert pipeline.relative_error(actual, expected) < 1e-11
 
 
-@pytest.mark.parametrize("style", ["matmul", "einsum", "bmm"])
-def test_the_function_of_the_clone_stays_to_the_last_digit(style):
+@cache
+def exported_clone(style):
+    """Return a model by another hand as it was captured, and the arguments of its call."""
     model, kwargs = zoo.make("i2v", 1)
     loom = clone.from_wan(model, clone.Taste(style, long_gelu=True))
     arguments = clone.arguments(kwargs)
-    exported = export(loom, [arguments], dynamic=False)
+    return export(loom, [arguments], dynamic=False), arguments
+
+
+@pytest.mark.parametrize("style", ["matmul", "einsum", "bmm"])
+def test_the_function_of_the_clone_stays_to_the_last_digit(style):
+    exported, arguments = exported_clone(style)
     normal = pipeline.run(exported, NORMALIZE)
     wide = {name: doubled(tensor) for name, tensor in arguments.items()}
     assert pipeline.relative_error(in_double(normal)(**wide), in_double(exported)(**wide)) < 1e-9
 
 
-@pytest.mark.parametrize("variant", RESIZABLE)
+@pytest.mark.parametrize("variant", UNLIKE)
 def test_a_second_run_of_any_pass_changes_nothing(variant):
     program = traced.dynamic(variant)[2]
     for one in NORMALIZE:
@@ -90,9 +99,7 @@ def test_normalizing_what_is_normal_changes_nothing(variant):
 
 @pytest.mark.parametrize("style", ["matmul", "einsum", "bmm"])
 def test_normalizing_the_clone_twice_changes_nothing(style):
-    model, kwargs = zoo.make("i2v")
-    loom = clone.from_wan(model, clone.Taste(style, long_gelu=True))
-    program = export(loom, [clone.arguments(kwargs)], dynamic=False)
+    program, _ = exported_clone(style)
     for one in NORMALIZE:
         program = run_pass(program, one)
     again = pipeline.run(replace(program, level=Level.EXPORTED), NORMALIZE)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import zoo
+from once import Traced
 from torch import Tensor, nn
 
 import wancompile
@@ -37,11 +39,18 @@ def original(variant: str) -> tuple[nn.Module, dict[str, Any]]:
 
 
 @cache
-def compiled(variant: str, recipe: str) -> CompiledModel:
+def traced(variant: str) -> Traced:
     model, call = original(variant)
+    return Traced.on(model, [call])
+
+
+@cache
+def compiled(variant: str, recipe: str) -> CompiledModel:
+    """Compile with what one call taught; to fp8 without."""
+    found = traced(variant)
     if recipe == "fp8":
-        return wancompile.compile(model, recipe=recipe, example_inputs=call)
-    return wancompile.compile(model, [call], recipe)
+        found = replace(found, prepared=replace(found.prepared, stats=None))
+    return found.compiled(recipe)
 
 
 def call_of(variant: str, batch: int, latent: tuple[int, int, int]) -> dict[str, Any]:
