@@ -86,7 +86,7 @@ class PipelineError(WancompileError):
 
 
 class ArtifactError(WancompileError):
-    """A model cannot be saved, or what was saved is damaged, foreign or newer."""
+    """A model cannot be saved, or what was saved is damaged, foreign or of another format."""
 
 
 class LoraError(WancompileError):
