@@ -371,6 +371,13 @@ def test_caches_of_blocks_are_refused():
         pass
 
 
+def test_loras_of_diffusers_point_at_ours():
+    pipe = made("t2v22")[0]
+    reason = "use its `load_lora`, or that of the compiled pipeline"
+    with pytest.raises(PipelineError, match=reason):
+        pipe.load_lora_into_transformer({}, transformer=pipe.transformer)
+
+
 def test_saving_the_pipeline_points_at_saving_its_experts(tmp_path):
     pipe = pipes.make("t2v22")
     transformer, second = pipe.transformer, pipe.transformer_2

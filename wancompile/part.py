@@ -54,6 +54,14 @@ class PipelinePart(torch.nn.Module):
             "the forward of blocks and attentions, and its graph has none; every step is computed"
         )
 
+    def load_lora_adapter(self, *args: object, **kwargs: object) -> NoReturn:
+        """Raise `PipelineError`: diffusers puts LoRAs into modules, which a graph has no more."""
+        del args, kwargs
+        raise PipelineError(
+            "diffusers cannot load a LoRA into a compiled model: use its `load_lora`, or that of "
+            "the compiled pipeline"
+        )
+
     def save_pretrained(self, *args: object, **kwargs: object) -> NoReturn:
         """Raise `PipelineError`: diffusers could not read it."""
         del args, kwargs
