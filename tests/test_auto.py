@@ -105,6 +105,8 @@ def test_a_choice_says_at_which_timesteps_its_error_was_measured():
         "error of the worst of 1 held-out call at timesteps 954 to 301, of 999 to 168 that "
         "calibration saw; steps beyond may err more: calibrate with"
     )
+    single = replace(narrow, timesteps=(301, 301))
+    assert "at timesteps 301, of 999 to 168 that" in single.covered
     wide = replace(narrow, timesteps=(168, 999))
     assert "that calibration saw" not in wide.covered
     assert replace(wide, timesteps=None).covered == "error of the worst of 1 held-out call"

@@ -225,7 +225,7 @@ def _covered(choice: Choice) -> str:
 
 def _down(timesteps: tuple[float, float]) -> str:
     """Return timesteps in the order of denoising."""
-    return f"{timesteps[1]:.4g} to {timesteps[0]:.4g}"
+    return " to ".join(dict.fromkeys(f"{one:.4g}" for one in reversed(timesteps)))
 
 
 def _percent(value: float) -> str:
