@@ -68,8 +68,10 @@ def _part(parts: Mapping[str, Path], wanted: str | None) -> tuple[str, Path]:
     if wanted is None and len(parts) == 1:
         return next(iter(parts.items()))
     if wanted is None or wanted not in parts:
-        named = ", ".join(name for name in parts if name) or "one model without a name"
-        raise InputError(f"say with --part which model to write: there are {named}")
+        names = [name for name in parts if name]
+        named = " and ".join(names) or "one model without a name"
+        verb = "are" if len(names) > 1 else "is"
+        raise InputError(f"say with --part which model to write: there {verb} {named}")
     return wanted, parts[wanted]
 
 
