@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import Graph, Node, map_arg
 from torch.utils import _pytree as pytree
@@ -220,7 +221,9 @@ class Draft:
 
         args, kwargs = _mapped(node, value)
         mode: AbstractContextManager[Any] = self.fake_mode or nullcontext()
-        with mode, torch.no_grad():
+        # Decompositions in C++ read sizes as numbers: torch 2.11 has no linear without a bias for
+        # open ones. Those in Python keep them symbolic.
+        with mode, torch.no_grad(), enable_python_dispatcher():
             return match.target(node)(*args, **kwargs)
 
 
