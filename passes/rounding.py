@@ -17,7 +17,7 @@ from wancompile.ir.site import Group, Rounding, Site
 from wancompile.passes.smooth import stats_of
 from wancompile.quant.judge import different, few
 from wancompile.quant.numerics import QTensor, quantize_weight, scale_of
-from wancompile.quant.rounding import choose_rounding
+from wancompile.quant.rounding import FEWEST, choose_rounding
 from wancompile.quant.stats import Stats
 from wancompile.recipe import QSpec
 
@@ -87,7 +87,7 @@ class Rounder:
             found = choose_rounding(stacked, tokens, spec.torch_dtype, clip=spec.clip, gptq=gptq)
             if found is None:
                 count = len(different(tokens))
-                self._draft.skip(group.key, few(count, "judge rounding"))
+                self._draft.skip(group.key, few(count, "judge rounding", FEWEST))
                 return
             self.chosen[group.key] = found.how
             self._rounded.update(zip(weights, _parts(found.weight, weights), strict=True))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import fields, replace
 
@@ -129,6 +130,24 @@ def test_some_calls_are_kept_from_the_observer(wan, traced, data):
         assert int(call["timestep"][0]) == at
         assert relative_error(outputs[at][0], expected) < 1e-5
         assert relative_error(reference.output[0], expected) < 1e-5
+
+
+def test_calls_deeper_in_the_schedule_take_the_places_of_others(wan, data):
+    program = wancompile.trace(wan, data[0])
+    observed = Observed()
+    hold = HoldBack(observed, program)
+    schedule = [1000 - 10 * step for step in range(50)]
+    steps = [step for step in schedule for _ in range(2)]
+    for number in (*steps, *steps):
+        hold(numbered(data[0], number), "")
+    kept = [int(call["timestep"][0]) for call in hold.evidence().calls]
+    assert len(kept) == len(hold.evidence().references) == MOST
+    assert kept == sorted(kept, reverse=True)
+    assert kept[0] == schedule[1]
+    assert kept[-1] <= schedule[46]
+    assert max(a - b for a, b in itertools.pairwise(kept)) < 250, "they are spread"
+    assert observed.passed_over + len(observed.seen) == 200
+    assert observed.passed_over <= 13
 
 
 def test_a_kept_call_does_not_change_with_the_callers_tensors(traced, data):

@@ -127,7 +127,7 @@ def drawn(seed: int):
     def normal(*shape):
         return torch.randn(shape, generator=draw)
 
-    seen = (8, 16, 64)[seed % 3]
+    seen = (8, 10, 64)[seed % 3]
     sizes = ((0.0, 0.5, 1.5)[seed // 3 % 3] * normal(32)).exp()
     mixed = torch.eye(32) + 0.3 * (seed % 2) * normal(32, 32)
     loud = (0.8 * (seed // 2 % 2) * normal(seen + 256, 1)).exp()
@@ -153,6 +153,8 @@ def smoothed(weight, tokens, fresh, dtype):
 def better_rounded(weight, tokens, fresh, dtype):
     """The error with clipping and GPTQ as they were kept, and whether either was."""
     found = choose_rounding(weight, tokens, dtype, clip=True, gptq=True)
+    if found is None:
+        return math.nan, False
     return in_8_bits(fresh, weight, found.weight), found.how.clipped or found.how.gptq
 
 

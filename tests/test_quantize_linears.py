@@ -432,7 +432,7 @@ def test_three_tokens_judge_no_rounding():
     program = normal(attend, correlated(), **WEIGHTS)
     stats = calibrated(program, correlated()[:1, :3].repeat(2, 4, 1))
     found = quantized(program, better(), stats)
-    assert skips(found)["wq"] == "only 3 of the 4 different tokens that it takes to judge rounding"
+    assert skips(found)["wq"] == "only 3 of the 10 different tokens that it takes to judge rounding"
     assert torch.equal(found.state["wq_int8"], quantized(program, INT8).state["wq_int8"])
 
 

@@ -7,7 +7,7 @@ import torch
 
 from wancompile.errors import NumericsError
 from wancompile.quant.numerics import FP8, INT8, quantize_weight
-from wancompile.quant.rounding import choose_rounding
+from wancompile.quant.rounding import FEWEST, choose_rounding
 
 DTYPES = [INT8, FP8]
 
@@ -43,9 +43,9 @@ def test_gptq_wins_on_correlated_inputs_and_errors_are_those_of_held_out_tokens(
 def test_what_is_learned_by_heart_is_refused(dtype):
     """Each token lives in channels of its own, so none says anything of another."""
     weight = torch.randn(32, 64)
-    x = torch.zeros(8, 64)
-    for token in range(8):
-        x[token, 8 * token : 8 * token + 8] = torch.randn(8)
+    x = torch.zeros(16, 64)
+    for token in range(16):
+        x[token, 4 * token : 4 * token + 4] = torch.randn(4)
     found = choose_rounding(weight, x, dtype, clip=True, gptq=True)
     assert not found.how.gptq
     assert found.how.gptq_refusal
@@ -100,11 +100,12 @@ def test_refused_clipping_leaves_ratio_and_scales():
     assert torch.equal(found.weight.scale, quantize_weight(weight, INT8).scale)
 
 
-def test_three_different_tokens_judge_nothing():
+def test_few_different_tokens_judge_nothing():
     weight, x = data()
-    assert choose_rounding(weight, x[:3].repeat(9, 1), INT8, clip=True, gptq=True) is None
+    less = x[: FEWEST - 1].repeat(9, 1)
+    assert choose_rounding(weight, less, INT8, clip=True, gptq=True) is None
     assert choose_rounding(weight, x[:0], INT8, clip=True, gptq=True) is None
-    assert choose_rounding(weight, x[:4], INT8, clip=True, gptq=True) is not None
+    assert choose_rounding(weight, x[:FEWEST], INT8, clip=True, gptq=True) is not None
 
 
 def test_broken_tokens_keep_nearest():

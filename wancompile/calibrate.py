@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -81,7 +80,7 @@ class Calibration:
             CalibrationError: the call drove NaN or infinity through an observed value.
         """
         self._plain = None
-        step = self._timestep(call)
+        step = self._observed.signature.timestep(call)
         line = self._point_at(step, label)
         if self._before:
             torch._foreach_copy_(self._before, self._buffers)
@@ -177,22 +176,6 @@ class Calibration:
         parts = [f"{operand}.{part}" for part in _HEAD_PARTS] if operand else _CHANNEL_PARTS
         home = self._observed.device
         return [self._buffer(site, part).to(home, copy=True) for part in parts]
-
-    def _timestep(self, call: Mapping[str, Any]) -> float | None:
-        """Return the (largest) timestep of a call, None where the model has none.
-
-        It is the one input with an entry per video, or per token of it; with several such inputs
-        nothing says which.
-        """
-        signature = self._observed.signature
-        tensors = signature.bind((), call)
-        small = [
-            tensor
-            for tensor, spec in zip(tensors, signature.inputs, strict=True)
-            if 1 <= len(spec.shape) <= 2 and spec.shape[0] is None
-        ]
-        step = float(small[0].float().amax()) if len(small) == 1 else math.nan
-        return step if math.isfinite(step) else None
 
     def _point_at(self, step: float | None, label: str) -> int:
         """Let the observers write to the lines of this call, and return that of channels.

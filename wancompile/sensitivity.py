@@ -22,7 +22,6 @@ from wancompile.ir.site import Role
 from wancompile.program import Program
 from wancompile.quant.stats import Stats
 from wancompile.recipe import ATTENTIONS, DTYPES, LINEARS, QSpec, Recipe, Rule
-from wancompile.signature import Signature
 from wancompile.trials import SELF_ATTENTION, Branches, Trial, squares, trials
 
 
@@ -238,7 +237,7 @@ class HeldOut:
     @property
     def timesteps(self) -> tuple[float, float] | None:
         """The smallest and the largest timestep of the calls; None where the model has none."""
-        found = (_timestep(self.program.signature, call) for call in self.calls)
+        found = (self.program.signature.timestep(call) for call in self.calls)
         known = [one for one in found if one is not None]
         return (min(known), max(known)) if known else None
 
@@ -315,14 +314,6 @@ def root_of_squares(errors: Iterable[float]) -> float:
 def _relative(found: Sequence[tuple[float, float]]) -> float:
     lost, total = (sum(part) for part in zip(*found, strict=True))
     return math.sqrt(lost / max(total, 1e-300))
-
-
-def _timestep(signature: Signature, call: Mapping[str, Any]) -> float | None:
-    """Return the largest timestep of a call, as calibration does; None where the model has none."""
-    pairs = zip(signature.bind((), call), signature.inputs, strict=True)
-    small = [one for one, spec in pairs if 1 <= len(spec.shape) <= 2 and spec.shape[0] is None]
-    step = float(small[0].float().amax()) if len(small) == 1 else math.nan
-    return step if math.isfinite(step) else None
 
 
 def _tensors(output: Any) -> list[Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -76,6 +77,17 @@ class Signature:
         for name, value in leaves.items():
             self._check_constant(name, value)
         return tensors
+
+    def timestep(self, call: Mapping[str, Any]) -> float | None:
+        """Return the largest timestep of a call's named arguments, None where there is none.
+
+        It is the one input with an entry per video, or per token of it; with several such inputs
+        nothing says which.
+        """
+        pairs = zip(self.bind((), call), self.inputs, strict=True)
+        small = [one for one, spec in pairs if 1 <= len(spec.shape) <= 2 and spec.shape[0] is None]
+        step = float(small[0].float().amax()) if len(small) == 1 else math.nan
+        return step if math.isfinite(step) else None
 
     def _check_constant(self, name: str, value: Any) -> None:
         if isinstance(value, torch.Tensor):

@@ -16,7 +16,8 @@ from wancompile.program import Program
 from wancompile.samples import Run
 
 # Every ninth call from the fourth on, four at most. Guided sampling calls a model in pairs, with
-# and without the prompt: an odd distance takes both in turn, and walks through the timesteps.
+# and without the prompt: an odd distance takes both in turn, and walks through the timesteps. Later
+# ones are kept where they lie deeper in the schedule, for the last steps err most.
 FIRST, DISTANCE, MOST = 3, 9, 4
 
 
@@ -70,6 +71,7 @@ class HoldBack:
         self._seen = 0
         self._calls: list[Mapping[str, Any]] = []
         self._records: list[Record] = []
+        self._steps: list[float | None] = []
 
     def __call__(self, call: dict[str, Any], label: str = "") -> Any:
         """Return what the model returns.
@@ -78,7 +80,8 @@ class HoldBack:
             CalibrationError: the call drives NaN or infinity through the model.
         """
         index, self._seen = self._seen, self._seen + 1
-        if not self._holds(index):
+        step = self._original.signature.timestep(call)
+        if not self._holds(index, step):
             return self._observe(call, label)
         # Whoever made the call may write to its tensors afterwards.
         kept = on_device(call, _HOST, copy=True)
@@ -87,6 +90,9 @@ class HoldBack:
         self._calibration.passed_over += 1
         self._calls.append(kept)
         self._records.append(record)
+        self._steps.append(step)
+        if self.held > MOST:
+            self._let_go()
         return output
 
     @property
@@ -98,8 +104,20 @@ class HoldBack:
         """Return what was held back."""
         return Evidence(tuple(self._calls), tuple(self._records), held_out=True)
 
-    def _holds(self, index: int) -> bool:
-        return index % DISTANCE == FIRST and len(self._calls) < MOST
+    def _holds(self, index: int, step: float | None) -> bool:
+        if index % DISTANCE != FIRST:
+            return False
+        if self.held < MOST:
+            return True
+        known = [one for one in self._steps if one is not None]
+        return step is not None and len(known) == MOST and step < min(known)
+
+    def _let_go(self) -> None:
+        """Drop the call between whose neighbours in the schedule the distance is least."""
+        order = sorted(range(self.held), key=lambda at: self._steps[at] or 0.0)
+        steps = [self._steps[at] or 0.0 for at in order]
+        least = min(range(1, len(order) - 1), key=lambda at: steps[at + 1] - steps[at - 1])
+        del self._calls[order[least]], self._records[order[least]], self._steps[order[least]]
 
     def _check_finite(self, record: Record, index: int) -> None:
         if not record.broken:

@@ -67,9 +67,9 @@ def _nearly(one: Tensor, other: Tensor) -> bool:
     return bool(4 * agree.sum() >= 3 * speak.sum())
 
 
-def few(count: int, purpose: str) -> str:
-    """Say that `count` different tokens do not suffice for a purpose."""
-    return f"only {count} of the {FEWEST} different tokens that it takes to {purpose}"
+def few(count: int, purpose: str, least: int = FEWEST) -> str:
+    """Say that `count` different tokens do not suffice for a purpose that takes `least`."""
+    return f"only {count} of the {least} different tokens that it takes to {purpose}"
 
 
 def halves(tokens: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,9 +10,15 @@ from torch import Tensor
 from wancompile.ir.site import Rounding
 from wancompile.quant.clip import clipping_ratios
 from wancompile.quant.gptq import Feedback, round_weight
-from wancompile.quant.judge import FEWEST, Losses, different, halves, refusal
+from wancompile.quant.judge import Losses, different, halves, refusal
 from wancompile.quant.numerics import QTensor, absmax, decode, quantize_weight
 from wancompile.quant.search import rounded
+
+FEWEST = 10
+"""Different tokens that it takes to choose how to round and to judge it.
+
+GPTQ has a number to choose for every weight. What was kept from 4 to 6 tokens was up to 20 % worse
+on others in one of 300 draws, and what was kept from 8 up to 3 %; from 10 on none was worse."""
 
 # Tokens by which ratios are chosen and everything is judged: more of them change nothing.
 _LOOKED_AT = 256
