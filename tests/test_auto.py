@@ -27,6 +27,7 @@ from wancompile.ir.site import Role
 from wancompile.recipe import LINEARS, RECIPES, Recipe, Rule
 from wancompile.report import Report
 from wancompile.sensitivity import HeldOut, sensitivity
+from wancompile.trials import SELF_ATTENTION
 
 TOKENS = 32760
 
@@ -236,6 +237,15 @@ def test_types_and_attention_can_be_kept_out():
     assert set(specs) == {RECIPES["fp8"].linears, None}, "some are too small for 8 bits"
     assert not found.recipe.rounds_attention
     assert [one.name for one in found.uniform] == ["float", "fp8"]
+
+
+def test_attention_that_must_stay_in_float_is_not_compared_in_8_bits():
+    found = made("t2v").found
+    linears = tuple(one for one in found.sites if one.role != SELF_ATTENTION)
+    request = Recipe.auto(tokens=TOKENS, max_error=1.0)
+    choice = resolve(request, held_out(), sensitivity=replace(found, sites=linears))
+    assert [one.name for one in choice.uniform] == ["float", "int8", "fp8"]
+    assert not choice.recipe.rounds_attention
 
 
 def test_the_recipe_is_one_like_any_other():

@@ -122,6 +122,8 @@ def test_one_constant_sample(wan, recipe):
     assert unjudged(compiled) == {str(group.key) for group in compiled.report.groups}
     assert attention_stays(compiled, seen=1)
     assert len(reasons(compiled)) == 3  # a line in the report for each pass, not for each group
+    times = {one.part: one for one in compiled.report.predicted.parts}
+    assert times["self-attention"].ms == times["self-attention"].float_ms
     passes_on_others(wan, compiled)
 
 

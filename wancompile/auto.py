@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -30,8 +31,8 @@ class Choice:
     `predicted` is of the recipe chosen, `measured` its error on the held-out call that errs most,
     with weights rounded as they will be; predictions are for weights rounded to nearest.
     `frontier` runs from floating point to the fastest, `uniform` are the recipes that put
-    everything in one type, `compiled_ms` is torch.compile in bf16. Times are of one call of
-    `tokens` video tokens, the part of the model that is no block left out.
+    everything in one type, where all of it may be; `compiled_ms` is torch.compile in bf16. Times
+    are of one call of `tokens` video tokens, the part of the model that is no block left out.
 
     `calls` are held out, at `timesteps` from the smallest to the largest; calibration saw those
     from the smallest to the largest of `calibrated`. None is unknown, or a model without.
@@ -100,13 +101,14 @@ def resolve(
         if request.max_ms is None and request.max_error is not None
         else _most_exact(candidates, held_out, request)
     )
+    uniform = map(candidates.point, _uniform(request))
     return Choice(
         request=request,
         recipe=recipe,
         predicted=candidates.point(recipe),
         measured=error,
         frontier=candidates.frontier(),
-        uniform=tuple(candidates.point(one) for one in _uniform(request)),
+        uniform=tuple(one for one in uniform if math.isfinite(one.error)),
         compiled_ms=times.compiled,
         tokens=times.tokens,
         source=times.source,

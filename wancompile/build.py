@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from wancompile.recipe import Auto, Recipe
 from wancompile.report import Report
 from wancompile.samples import CalibData
 from wancompile.start import Prepared, Started, from_example, need_weights, run
-from wancompile.times import predict
+from wancompile.times import Predicted, predict
 
 
 @dataclass(frozen=True)
@@ -131,7 +132,7 @@ def build(model: torch.nn.Module, prepared: Prepared, options: Options) -> Compi
         choice,
         gate,
         stability=_stability(stats),
-        predicted=None if times is None else predict(times, rounds.recipe, program.groups),
+        predicted=None if times is None else _predicted(times, rounds.recipe, program, fused),
     ).with_program(fused)
     config = getattr(model, "config", None)
     return CompiledModel(fused, report, config, _dtype_of(model), evidence)
@@ -146,6 +147,13 @@ def _costs(program: Program) -> Costs | None:
         return costs(program)
     except InputError:
         return None
+
+
+def _predicted(times: Costs, recipe: Recipe, program: Program, fused: Program) -> Predicted:
+    """Predict the times of the parts; attentions that the passes left alone are in float."""
+    left = {match.site(node) for node in fused.graph.nodes if match.is_attention(node)}
+    sites = (str(one.site) for one in program.attentions if one.site in left)
+    return predict(times, recipe.with_float_attention(map(escape, sites)), program.groups)
 
 
 def _stability(stats: Stats | None) -> Stability | None:

@@ -36,8 +36,9 @@ def _summary(choice: Choice) -> str:
     return (
         f"{choice.recipe.name}: {choice.predicted.ms:.4g} ms predicted for the blocks of one call "
         f"of {choice.tokens:,} tokens, {gain:.2f} times as fast as torch.compile in bf16; error "
-        f"{percent(choice.measured, 3)} measured on held-out calls, "
-        f"{percent(choice.predicted.error, 3)} predicted. Times from {choice.source}."
+        f"{percent(choice.measured, 3)} measured, "
+        f"{percent(choice.predicted.error, 3)} predicted. Times from {choice.source}. "
+        f"{choice.covered[:1].upper()}{choice.covered[1:]}."
     )
 
 
