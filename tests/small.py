@@ -77,6 +77,11 @@ def plain(dtype: str, attention: str | None = None) -> Recipe:
     return Recipe("plain", QSpec(dtype, smooth=False), attention=ATTENTIONS.get(attention or ""))
 
 
+def skips(program: Program) -> dict[str, str]:
+    """Why the last pass left sites alone, by site."""
+    return {note.site: note.text for note in program.records[-1].skipped}
+
+
 # 8 bits by hand, in float64 --------------------------------------------------------------------
 
 _E4M3 = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).double()
