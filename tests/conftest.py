@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,7 +19,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Share the cores between the workers of `pytest -n`, which else take all of them each."""
+    """Share the cores between the workers of `pytest -n`, which else take all of them each.
+
+    A shell that runs tests in the background has them ignore Ctrl-C, and the programs that they
+    start, which are to be stopped by it.
+    """
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     worker = getattr(config, "workerinput", None)
     if worker is None:
         return

@@ -61,8 +61,8 @@ def test_json_is_for_people_too():
         "linears": {
             "dtype": "int8",
             "smooth": True,
-            "rounding": "nearest",
-            "clip": False,
+            "rounding": "gptq",
+            "clip": True,
             "activation": "token",
         },
         "rules": [{"pattern": "ffn_*", "spec": None}],
@@ -186,7 +186,8 @@ def test_attentions_may_differ_in_type():
 
 
 def test_a_recipe_is_found_by_name():
-    assert resolve("fp8-attention") == Recipe("fp8-attention", QSpec("fp8"), attention=FP8)
+    spec = QSpec("fp8", rounding="gptq", clip=True)
+    assert resolve("fp8-attention") == Recipe("fp8-attention", spec, attention=FP8)
     mine = Recipe("mine", None)
     assert resolve(mine) is mine
     with pytest.raises(RecipeError, match="nearest: int8-attention"):

@@ -7,8 +7,16 @@ still to come, so that the product with typical inputs changes least. In the for
 
     trace(E H E^T) = sum_j D_j |E_j + sum_{k < j} E_k M_kj|^2
 
-so column j is rounded to the number nearest to `W_j + sum_{k < j} E_k M_kj`. M comes from one
-Cholesky decomposition, and nothing is inverted.
+so column j is rounded to the number nearest to `W_j + sum_{k < j} E_k M_kj`.
+
+H is never made: of T tokens it is `A A^T + d I`, where A `[K, T]` has a row for each channel, and M
+is as thin as A. Eliminating from the last channel to the first, with `P = I` at first,
+
+    D_j = d + a_j P a_j^T    M_kj = a_k q_j    q_j = P a_j^T / D_j    P <- P - D_j q_j q_j^T
+
+so what a column has to make up for is `(sum_{k < j} E_k a_k) q_j`: a state of T numbers for each
+row of the weight, whatever its width. The MLP of a large model has 13,824 channels and some hundred
+tokens; its H alone would take more memory than the weight.
 
 Moving the target besides, to make up for the rounding of the inputs (Li et al. 2025, "GPTAQ"), was
 tried: from few tokens it learns by heart, and from many the trained models' outputs were no nearer.
@@ -27,61 +35,82 @@ from wancompile.quant.numerics import QTensor, decode, quantize
 # Columns whose errors are spread one by one; those behind them wait for a product. As many errors
 # fit into the registers of a thread.
 _BLOCK = 64
-# Shares of the mean of the Gram matrix's diagonal that are added to it, until it has a factor.
-_DAMPING = (0.01, 0.1, 1.0)
+# Share of the mean of the Gram matrix's diagonal that is added to it: what fewer tokens than
+# channels say is not to be believed to the last digit.
+_DAMPING = 0.01
 
 
 @dataclass(frozen=True, eq=False)
 class Feedback:
     """How errors move from column to column, made once for all weights that read the same inputs.
 
-    `order [K]` int64: the sequence in which columns are rounded, the loudest first; `spread [K, K]`
-    fp32: M above without its diagonal, for columns in that order.
+    `order [K]` int64 is the sequence in which columns are rounded, the loudest first, and that of
+    the rows of `inputs [K, T]` and `gains [K, T]` fp32, which are a and q above. `spreads` are the
+    M of each block of columns, fp32; what is not above their diagonals is of no use.
     """
 
     order: Tensor
-    spread: Tensor
+    inputs: Tensor
+    gains: Tensor
+    spreads: tuple[Tensor, ...]
 
     @classmethod
     def of(cls, x: Tensor) -> Feedback:
         """Learn from inputs `x [T, K]` fp32, as the product sees them: smoothed, in 8 bits.
 
-        With fewer tokens than channels the Gram matrix has no factor, and what few tokens say is
-        not to be believed to the last digit: its diagonal is raised. Where x is zero or not finite
-        nothing is learned, and weights are rounded to nearest. Holds up to two more `[K, K]`.
+        Where x is zero, not finite, or too large for its square to be finite, nothing is learned,
+        and weights are rounded to nearest.
         """
         loudness = x.square().mean(0)
         order = loudness.argsort(descending=True, stable=True)
-        # Cholesky from the last column to the first, which makes the factor upper triangular.
-        last_first = x[:, order.flip(0)]
-        gram = last_first.T @ last_first / len(x)
-        for damping in _DAMPING:
-            ridge = damping * loudness.mean()
-            gram.diagonal().add_(ridge)
-            lower, failed = torch.linalg.cholesky_ex(gram)
-            if bool(ridge > 0) and not bool(failed):
-                break
-        else:
-            return cls(order, torch.zeros_like(gram))
-        del gram
-        factor = lower.flip(0, 1)
-        return cls(order, factor.div_(factor.diagonal().clone()).triu_(1))
+        damping = _DAMPING * loudness.mean().double()
+        if not bool(torch.isfinite(damping) & (damping > 0)):
+            x, damping = torch.zeros_like(x), torch.ones_like(damping)
+        inputs = x.double().T[order] / len(x) ** 0.5
+        gains, spreads = torch.empty_like(inputs), []
+        left = torch.eye(len(x), dtype=torch.float64, device=x.device)
+        for block in reversed(_blocks(len(inputs))):
+            rows = inputs[block]
+            gains[block], spread, left = _eliminated(rows, left, damping)
+            spreads.append(spread.float())
+        return cls(order, inputs.float(), gains.float(), tuple(reversed(spreads)))
+
+
+def _eliminated(rows: Tensor, left: Tensor, damping: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Eliminate the channels of a block, of which `rows [C, T]` are a.
+
+    Returns:
+        Their q `[C, T]`, their M `[C, C]`, and what becomes of P `[T, T]`, which is `left`.
+    """
+    seen = rows @ left
+    gram = seen @ rows.T
+    gram.diagonal().add_(damping)
+    # Cholesky from the last channel to the first, which makes the factor upper triangular.
+    factor = torch.linalg.cholesky_ex(gram.flip(0, 1)).L.flip(0, 1)
+    root = factor.diagonal()
+    gains = torch.linalg.solve_triangular(factor, seen, upper=True)
+    return gains / root[:, None], factor / root, left - gains.T @ gains
+
+
+def _blocks(channels: int) -> list[slice]:
+    return [slice(start, min(start + _BLOCK, channels)) for start in range(0, channels, _BLOCK)]
 
 
 def round_weight(weight: Tensor, scale: Tensor, dtype: torch.dtype, feedback: Feedback) -> QTensor:
     """Quantize `weight [N, K]` fp32 with `scale [N, 1]` fp32 for inputs that `feedback` knows.
 
-    Holds two more tensors of the size of the weight. Where inputs are uncorrelated, the result is
-    that of rounding to nearest, bit for bit.
+    Holds two more of the result, and `[N, T]` fp32. Where inputs are uncorrelated, the result is that of rounding to
+    nearest, bit for bit.
     """
-    columns, scales = weight.T[feedback.order].contiguous(), scale.flatten()
-    errors, data = torch.empty_like(columns), torch.empty_like(columns, dtype=dtype)
-    for start in range(0, len(columns), _BLOCK):
-        block = slice(start, min(start + _BLOCK, len(columns)))
-        moved = feedback.spread[:start, block].T @ errors[:start]
-        spread = feedback.spread[block, block]
-        round_columns(columns[block], moved, scales, spread, data[block], errors[block])
-    return QTensor(data[feedback.order.argsort()].T.contiguous(), scale)
+    scales, columns = scale.flatten(), weight.new_empty((weight.shape[1], len(weight)), dtype=dtype)
+    state = weight.new_zeros(len(weight), feedback.inputs.shape[1])
+    for block, spread in zip(_blocks(len(columns)), feedback.spreads, strict=True):
+        exact = weight.T[feedback.order[block]].contiguous()
+        errors = torch.empty_like(exact)
+        moved = feedback.gains[block] @ state.T
+        round_columns(exact, moved, scales, spread, columns[block], errors)
+        state.addmm_(errors.T, feedback.inputs[block])
+    return QTensor(columns[feedback.order.argsort()].T.contiguous(), scale)
 
 
 def round_columns(
