@@ -99,8 +99,8 @@ def _blocks(channels: int) -> list[slice]:
 def round_weight(weight: Tensor, scale: Tensor, dtype: torch.dtype, feedback: Feedback) -> QTensor:
     """Quantize `weight [N, K]` fp32 with `scale [N, 1]` fp32 for inputs that `feedback` knows.
 
-    Holds two more of the result, and `[N, T]` fp32. Where inputs are uncorrelated, the result is that of rounding to
-    nearest, bit for bit.
+    Holds two more of the result, and `[N, T]` fp32. Where inputs are uncorrelated, the result is
+    that of rounding to nearest, bit for bit.
     """
     scales, columns = scale.flatten(), weight.new_empty((weight.shape[1], len(weight)), dtype=dtype)
     state = weight.new_zeros(len(weight), feedback.inputs.shape[1])
