@@ -39,6 +39,7 @@ def same_stats(one: Stats, other: Stats) -> bool:
 def test_experts_of_a_pipeline_learn_what_they_learn_alone():
     """A hand-made loop: every call of each expert kept, and that expert calibrated on them."""
     pipe = original("t2v22")
+    pipes.run(pipe, asked("t2v22", seed=4))  # what diffusers hangs on a model that it runs is there
     before = Unchanged(pipe)
     found = wancompile.calibrate(pipe, [asked("t2v22", seed=5)])
     before.check()
