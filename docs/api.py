@@ -18,7 +18,8 @@ import wancompile
 from docs.rendering import Constant, described, title
 from wancompile import backend, errors, interchange, pipeline, presets, recipe, samples
 from wancompile import inspect as inspect_program
-from wancompile.auto import Choice, Point
+from wancompile.auto import Choice
+from wancompile.candidates import Point
 from wancompile.experts import loras, pipe, play
 from wancompile.experts.compiled import PipelineReport
 from wancompile.experts.facts import Calibrated

@@ -68,7 +68,7 @@ class QuantizeAttention:
         if not self.recipe.rounds_attention:
             return
         nodes = match.by_site(draft.graph)
-        groups = {group.key: group for group in draft.groups}
+        groups = {site: group for group in draft.groups for site in group.sites}
         for attention in draft.attentions:
             node, spec = nodes[attention.site], self.recipe.attention_for(attention.site)
             reason = obstacle(attention, node)
@@ -152,13 +152,14 @@ def too_few_tokens(
 ) -> str:
     """Return why calibration saw too little for this self-attention; empty where it saw enough.
 
-    What its ranges rest on are the tokens that its projections read. Raises `CalibrationError`
+    What its ranges rest on are the tokens that its projections read; `groups` are by their sites.
+    Raises `CalibrationError`
     where there are no statistics of them.
     """
     if stats is None:
         return ""  # `stats_of` says so
-    group = next(one for one in groups.values() if attention.q in one.sites)
-    seen = len(different(inputs_of(stats, group, nodes[attention.q]).tokens))
+    tokens = inputs_of(stats, groups[attention.q], nodes[attention.q]).tokens
+    seen = len(different(tokens))
     return "" if seen >= FEWEST else few(seen, "trust its ranges")
 
 

@@ -1,9 +1,10 @@
 from __future__ import annotations
 
+import logging
 import os
 import re
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,15 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def fresh_dynamo(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+    """Start a test with nothing compiled by torch.compile, and keep what its backend logs."""
+    caplog.set_level(logging.INFO, "wancompile")
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
 
 
 @pytest.fixture

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator
-
 import clone
 import pytest
 import torch
@@ -15,14 +12,7 @@ from torch import Tensor, nn
 from wancompile.backend.names import Names
 from wancompile.pipeline import relative_error
 
-
-@pytest.fixture(autouse=True)
-def _dynamo(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
-    """Start every test with nothing compiled, and keep what the backend logs."""
-    caplog.set_level(logging.INFO, "wancompile")
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 # Whole models ---------------------------------------------------------------------------------

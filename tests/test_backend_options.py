@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +17,7 @@ from wancompile.errors import CalibrationError, InputError, RecipeError, Wancomp
 from wancompile.pipeline import relative_error
 from wancompile.recipe import QSpec, Recipe, Rule
 
-
-@pytest.fixture(autouse=True)
-def _dynamo(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
-    """Start every test with nothing compiled, and keep what the backend logs."""
-    caplog.set_level(logging.INFO, "wancompile")
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 def test_the_recipe_decides() -> None:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -15,14 +14,7 @@ from torch._dynamo.exc import BackendCompilerFailed
 from wancompile.errors import InputError, NumericsError
 from wancompile.pipeline import relative_error
 
-
-@pytest.fixture(autouse=True)
-def _dynamo(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
-    """Start every test with nothing compiled, and keep what the backend logs."""
-    caplog.set_level(logging.INFO, "wancompile")
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 def test_a_weight_that_is_not_finite_is_named() -> None:

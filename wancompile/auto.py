@@ -7,8 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from wancompile.candidates import Candidates
-from wancompile.candidates import Point as Point
+from wancompile.candidates import Candidates, Point
 from wancompile.cost import FLOAT, costs
 from wancompile.errors import CalibrationError, RecipeError
 from wancompile.gate.evidence import Evidence

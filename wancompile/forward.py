@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from inspect import Parameter
-from inspect import Signature as Parameters
 from typing import Any, Protocol
 
 import torch
@@ -35,17 +33,5 @@ class OriginalForward:
             return self._run
         bound: Any = partial(self._run, model)
         if not torch.compiler.is_dynamo_compiling():  # dynamo would have to trace this line
-            bound.__signature__ = _parameters(model.program)
+            bound.__signature__ = model.program.signature.inspected
         return bound  # type: ignore[no-any-return]
-
-
-def _parameters(program: Program) -> Parameters:
-    signature = program.signature
-    return Parameters([
-        Parameter(
-            name,
-            Parameter.POSITIONAL_OR_KEYWORD,
-            default=signature.defaults.get(name, Parameter.empty),
-        )
-        for name in signature.parameters
-    ])  # fmt: skip

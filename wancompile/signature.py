@@ -6,6 +6,7 @@ import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -77,6 +78,18 @@ class Signature:
         for name, value in leaves.items():
             self._check_constant(name, value)
         return tensors
+
+    @cached_property
+    def inspected(self) -> inspect.Signature:
+        """What `inspect.signature` says of the traced forward, without annotations."""
+        return inspect.Signature([
+            inspect.Parameter(
+                name,
+                inspect.Parameter.POSITIONAL_OR_KEYWORD,
+                default=self.defaults.get(name, inspect.Parameter.empty),
+            )
+            for name in self.parameters
+        ])  # fmt: skip
 
     def timestep(self, call: Mapping[str, Any]) -> float | None:
         """Return the largest timestep of a call's named arguments, None where there is none.

@@ -68,7 +68,7 @@ def trials(program: Program, recipe: Recipe, stats: Stats | None) -> list[Trial]
         CalibrationError: the statistics have nothing for a site.
     """
     nodes = match.by_site(program.module.graph)
-    groups = {group.key: group for group in program.groups}
+    groups = {site: group for group in program.groups for site in group.sites}
     specs = [(group, recipe.spec_for(group)) for group in program.groups]
     found = [_of_group(program, group, nodes, stats, spec) for group, spec in specs if spec]
     for attention in program.attentions if stats is not None else ():

@@ -71,7 +71,6 @@ class HoldBack:
         self._seen = 0
         self._calls: list[Mapping[str, Any]] = []
         self._records: list[Record] = []
-        self._steps: list[float | None] = []
 
     def __call__(self, call: dict[str, Any], label: str = "") -> Any:
         """Return what the model returns.
@@ -80,8 +79,7 @@ class HoldBack:
             CalibrationError: the call drives NaN or infinity through the model.
         """
         index, self._seen = self._seen, self._seen + 1
-        step = self._original.signature.timestep(call)
-        if not self._holds(index, step):
+        if not self._holds(index, call):
             return self._observe(call, label)
         # Whoever made the call may write to its tensors afterwards.
         kept = on_device(call, _HOST, copy=True)
@@ -90,7 +88,6 @@ class HoldBack:
         self._calibration.passed_over += 1
         self._calls.append(kept)
         self._records.append(record)
-        self._steps.append(step)
         if self.held > MOST:
             self._let_go()
         return output
@@ -104,20 +101,27 @@ class HoldBack:
         """Return what was held back."""
         return Evidence(tuple(self._calls), tuple(self._records), held_out=True)
 
-    def _holds(self, index: int, step: float | None) -> bool:
+    def _holds(self, index: int, call: Mapping[str, Any]) -> bool:
         if index % DISTANCE != FIRST:
             return False
         if self.held < MOST:
             return True
-        known = [one for one in self._steps if one is not None]
+        step, known = self._original.signature.timestep(call), self._steps
         return step is not None and len(known) == MOST and step < min(known)
+
+    @property
+    def _steps(self) -> list[float]:
+        """The timesteps of the calls that were kept, of those that have one."""
+        found = map(self._original.signature.timestep, self._calls)
+        return [step for step in found if step is not None]
 
     def _let_go(self) -> None:
         """Drop the call between whose neighbours in the schedule the distance is least."""
-        order = sorted(range(self.held), key=lambda at: self._steps[at] or 0.0)
-        steps = [self._steps[at] or 0.0 for at in order]
-        least = min(range(1, len(order) - 1), key=lambda at: steps[at + 1] - steps[at - 1])
-        del self._calls[order[least]], self._records[order[least]], self._steps[order[least]]
+        steps = self._steps
+        order = sorted(range(self.held), key=steps.__getitem__)
+        inner = zip(order, order[1:], order[2:], strict=False)
+        _, least, _ = min(inner, key=lambda three: steps[three[2]] - steps[three[0]])
+        del self._calls[least], self._records[least]
 
     def _check_finite(self, record: Record, index: int) -> None:
         if not record.broken:

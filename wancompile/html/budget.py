@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from wancompile.auto import Choice, Point
+from wancompile.auto import Choice
+from wancompile.candidates import Point
 from wancompile.html import chart
 from wancompile.html.markup import Html, el, join
 from wancompile.html.sections import tr
