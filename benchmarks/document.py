@@ -14,7 +14,8 @@ from typing import Any
 
 from tabulate import tabulate
 
-from benchmarks import accuracy_table, exhaustive, h100_figures, h100_table, record
+from benchmarks import accuracy_table, exhaustive, h100_figures, h100_table, lora, record
+from benchmarks.h100_plan import ROWS
 
 _CALIBRATION = """\
 `python -m benchmarks.calibration`, {gpu}: {preset}, all layers, {calls} observed forwards, random
@@ -29,6 +30,10 @@ _ARTIFACT = """\
 `python -m benchmarks.artifact`, {gpu}: {preset}, all layers, random weights, {recipe}, one call at
 full size. Times of a second process, which imports everything first; the files lie in the host's
 memory."""
+_LORA = """\
+`python -m benchmarks.lora`, {gpu}: {title}, a LoRA on every linear of every block, random weights;
+the time of a layer over that without, taking turns in one run. The first load lowers the program of
+three layers anew, the next one into the same room only copies."""
 _MEANING = {
     "plain_forward_s": "a forward of the model as it is, s",
     "observed_forward_s": "an observed one, weights coming and going, s",
@@ -62,6 +67,7 @@ def document(folder: Path) -> str:
         *_search(folder),
         *_calibration(folder),
         *_artifact(folder),
+        *_loras(folder),
         h100_table.document(cells, surroundings),
     ]
     return "\n\n".join(part.strip() for part in parts) + "\n"
@@ -111,6 +117,16 @@ def _artifact(folder: Path) -> list[str]:
         return []
     found = _read(path)
     return ["## Saved models", _about(_ARTIFACT, found), _facts(found["results"])]
+
+
+def _loras(folder: Path) -> list[str]:
+    path = folder / "lora.json"
+    if not path.exists():
+        return []
+    found = _read(path)
+    title = ROWS[found["settings"]["row"]].title
+    how = _LORA.format(gpu=found["measured_on"]["gpu"], title=title)
+    return ["## LoRAs", how, lora.table(found["results"], "github")]
 
 
 def _about(text: str, found: dict[str, Any]) -> str:

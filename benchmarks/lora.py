@@ -118,8 +118,8 @@ def measure(row: Row, recipe: str, ranks: Sequence[int], options: Any) -> list[d
     ]
 
 
-def table(results: Sequence[dict[str, Any]]) -> str:
-    """Return the results as text."""
+def table(results: Sequence[dict[str, Any]], style: str = "simple") -> str:
+    """Return the results as a table, in a style of tabulate's."""
     headers = ["recipe", "LoRA", "ms a layer", "over none", "spread", "first load s", "swap s"]
     rows = [
         [
@@ -133,7 +133,7 @@ def table(results: Sequence[dict[str, Any]]) -> str:
         ]
         for one in results
     ]
-    return str(tabulate(rows, headers=headers, disable_numparse=True))
+    return str(tabulate(rows, headers=headers, tablefmt=style, disable_numparse=True))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
