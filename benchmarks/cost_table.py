@@ -1,8 +1,8 @@
 """The cost model's table, from measured layers: `python -m benchmarks.cost_table`.
 
-Reads the profiles in a result of `benchmarks.h100` and writes `wancompile/cost_h100.json`: for each
-kind of work and each shape that was measured, how much of it a millisecond does, in 1e9. Ops that
-pass over memory count under what they serve, so that the kinds of a layer add up to its ops.
+Reads the profiles in the results of `benchmarks.h100`, all runs together, and writes
+`wancompile/cost_h100.json`: for each kind of work and each shape that was measured, how much of it
+a millisecond does, in 1e9. Ops that pass over memory count under what they serve, so that the kinds of a layer add up to its ops.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import h100_plan, record
+from benchmarks import h100_plan
+from benchmarks.record import RESULTS
 from wancompile import presets
 from wancompile.cost import TABLES
 
-SOURCE = record.RESULTS / "h100-2.json"
+SOURCE = "h100-*.json"
 _TEXT_TOKENS = 512
 Shape = tuple[int, ...]
 # (kind, shape, work, ms) of all calls of an op in one layer.
@@ -33,10 +34,6 @@ _COLUMNS = {
     "int8-attention": "int8",
     "int8-attention-fast": "int8-fast",
 }
-# With values in bf16 attention has 787 and 763 TFLOP/s at 32,760 and 75,600 tokens, with values in
-# e4m3 883 and 893 in the same run (benchmarks.attention_variants): for results that have no such
-# column.
-_BF16_VALUES = 0.87
 _COMPILED = "compile-sdpa"
 _TENSOR = re.compile(r"(\d+(?:x\d+)*) (\w+)")
 # Ops that serve a norm in 8 bits: the residual before it, where the product does not add it.
@@ -53,11 +50,6 @@ def table(results: Sequence[Mapping[str, Any]]) -> dict[str, list[list[Any]]]:
         work[kind, shape] += amount
         ms[kind, shape] += time
     rates = {key: work[key] / ms[key] / 1e9 for key in work}
-    if not any(kind == "attention int8" for kind, _ in rates):
-        fast = {
-            shape: rate for (kind, shape), rate in rates.items() if kind == "attention int8-fast"
-        }
-        rates |= {("attention int8", shape): _BF16_VALUES * rate for shape, rate in fast.items()}
     found: dict[str, list[list[Any]]] = defaultdict(list)
     for kind, shape in sorted(rates):
         found[kind].append([list(shape), float(f"{rates[kind, shape]:.4g}")])
@@ -67,6 +59,8 @@ def table(results: Sequence[Mapping[str, Any]]) -> dict[str, list[list[Any]]]:
 def _all_done(results: Sequence[Mapping[str, Any]]) -> Iterator[Done]:
     for cell in results:
         row, column = h100_plan.ROWS[cell["row"]], cell["column"]
+        if not cell.get("profile"):
+            continue
         if column in _COLUMNS:
             yield from _ours(cell["profile"], row.tokens, _COLUMNS[column])
         elif column == _COMPILED:
@@ -172,19 +166,24 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--source", type=Path, default=SOURCE)
     parser.add_argument("--out", type=Path, default=TABLES["h100"])
     options = parser.parse_args(argv)
-    measured = json.loads(options.source.read_text(encoding="utf-8"))
-    print(write(options.out, measured, f"benchmarks/results/{options.source.name}"))
+    print(write(options.out, *measured()))
 
 
-def write(path: Path, measured: Mapping[str, Any], source: str) -> Path:
+def measured() -> tuple[str, list[Mapping[str, Any]]]:
+    """Return the device, and the cells of all runs on it."""
+    runs = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob(SOURCE))]
+    (device,) = {one["measured_on"]["gpu"] for one in runs}
+    return device, [cell for one in runs for cell in one["results"]]
+
+
+def write(path: Path, device: str, results: Sequence[Mapping[str, Any]]) -> Path:
     """Write the table, a line a rate."""
-    head = {"device": measured["measured_on"]["gpu"], "source": source}
+    head = {"device": device, "source": f"benchmarks/results/{SOURCE}"}
     kinds = [
         f'    "{kind}": [\n' + ",\n".join(f"      {json.dumps(rate)}" for rate in rates) + "\n    ]"
-        for kind, rates in table(measured["results"]).items()
+        for kind, rates in table(results).items()
     ]
     lines = [f'  "{key}": {json.dumps(value)},' for key, value in head.items()]
     body = "\n".join(["{", *lines, '  "rates": {', ",\n".join(kinds), "  }", "}", ""])

@@ -23,6 +23,8 @@ OURS, OURS_INT8, COMPILED, COMPILED_FA3 = (
     "compile-fa3",
 )
 TORCHAO = ("torchao-fa3", "torchao-sdpa")
+# What models of different runs are compared through, whichever both runs have.
+_ANCHORS = (COMPILED, OURS)
 _FIRST_CALL_S = 60.0
 _MEMORY = 0.62
 _INT8 = 1.03
@@ -34,25 +36,42 @@ _NOTICEABLE = 0.005
 def load(paths: Iterable[Path]) -> tuple[dict[tuple[str, str], Cell], list[dict[str, Any]]]:
     """Return the cells of all files, by row and column, and what each file was measured on.
 
-    Of a cell in several files the last one with times counts. Cells know their `run`, and in
-    `base_ms` how long torch.compile took in it: cards differ, and so does one from hour to hour.
+    Of a cell in several files the last one with times counts. Cells know their `run` and its
+    `pace`, see `_paces`: cards differ, and so does one from hour to hour.
     """
+    runs = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in paths}
+    paces = {row: _paces(row, runs) for row in ROWS}
     cells: dict[tuple[str, str], Cell] = {}
-    surroundings = []
-    for path in paths:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        surroundings.append({**content["measured_on"], **content["settings"]})
-        base = {
-            cell["row"]: model_ms(cell)
-            for cell in content["results"]
-            if cell["column"] == COMPILED and has_times(cell)
-        }
+    for run, content in runs.items():
         for cell in content["results"]:
-            cell = {**cell, "run": path.stem, "base_ms": base.get(cell["row"])}
+            cell = {**cell, "run": run, "pace": paces[cell["row"]].get(run)}
             key = cell["row"], cell["column"]
             if key not in cells or has_times(cell) or not has_times(cells[key]):
                 cells[key] = cell
-    return cells, surroundings
+    return cells, [{**content["measured_on"], **content["settings"]} for content in runs.values()]
+
+
+def _paces(row: str, runs: Mapping[str, Any]) -> dict[str, tuple[str, float]]:
+    """Return, for each run, a run that it can be compared with and how often the time it takes.
+
+    They are compared by a column that is in both, or through runs between them.
+    """
+    found: dict[str, tuple[str, float]] = {}
+    times: dict[str, dict[str, float]] = {}
+    for run, content in runs.items():
+        own = {
+            cell["column"]: model_ms(cell)
+            for cell in content["results"]
+            if cell["row"] == row and cell["column"] in _ANCHORS and has_times(cell)
+        }
+        shared = [(earlier, name) for earlier in times for name in own if name in times[earlier]]
+        found[run] = run, 1.0
+        if shared:
+            earlier, name = shared[0]
+            root, pace = found[earlier]
+            found[run] = root, pace * own[name] / times[earlier][name]
+        times[run] = own
+    return found
 
 
 def has_times(cell: Cell | None) -> bool:
@@ -204,19 +223,20 @@ def gain(cells: Cells, row: str, column: str, over: Sequence[str]) -> float | No
 def ratio(slow: Cell, fast: Cell) -> float | None:
     """Return the ratio of the times of two models of one row.
 
-    Where they were measured in different runs, each is taken by torch.compile's time in its own;
-    None where that is missing.
+    Where they were measured in different runs, each is taken by the pace of its own; None where
+    these have nothing in common.
     """
     plain = model_ms(slow) / model_ms(fast)
     if slow.get("run") == fast.get("run"):
         return plain
-    bases = fast.get("base_ms"), slow.get("base_ms")
-    return plain * bases[0] / bases[1] if bases[0] and bases[1] else None
+    (slow_root, slow_pace), (fast_root, fast_pace) = slow["pace"], fast["pace"]
+    return plain * fast_pace / slow_pace if slow_root == fast_root else None
 
 
-def over_compiled(cell: Cell) -> float | None:
-    """Return how many times faster a model is than torch.compile's in the same run."""
-    return cell["base_ms"] / model_ms(cell) if cell.get("base_ms") else None
+def over_compiled(cells: Cells, cell: Cell) -> float | None:
+    """Return how many times faster a model is than torch.compile's, as in `ratio`."""
+    compiled = timed(cells, cell["row"], COMPILED)
+    return None if compiled is None else ratio(compiled, cell)
 
 
 def _gain(

@@ -9,6 +9,7 @@ from typing import Literal
 
 from wancompile import presets
 from wancompile.presets import Latent, Preset
+from wancompile.recipe import Recipe
 
 DEEP, SHALLOW = 3, 1
 """Layers of the two models whose difference in time is that of `DEEP - SHALLOW` layers."""
@@ -64,7 +65,7 @@ class Column:
     kind: Kind
     attention: Attention = "diffusers"
     torchao: bool = False
-    recipe: str = ""
+    recipe: str | Recipe = ""
     scope: Literal["model", "blocks"] = "model"
     rank: int = 0
 
@@ -102,6 +103,7 @@ COLUMNS = {
         Column("int8-attention-fast", "ours int8, 8-bit attention, v in fp8", "ours",
                recipe="int8-attention-fast"),
         Column("eager", "diffusers eager bf16", "eager"),
+        Column("float", "ours, nothing in 8 bits", "ours", recipe=Recipe("float", None), rank=1),
         Column("torchao-sdpa", "torchao fp8 + torch.compile, cuDNN attention", "compiled", "cudnn",
                True, scope="blocks", rank=1),
         Column("compile-sage", "torch.compile bf16, SageAttention 1", "compiled", "sage", rank=1),

@@ -3,7 +3,7 @@
     python -m benchmarks.h100_table benchmarks/results/h100-*.json
 
 Several files are merged: of a cell measured twice the last one counts, and cells of different runs
-are compared through torch.compile's bf16, which is measured in each.
+are compared through a column that is in both.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ _SHOWN = (
     "compile-sage",
     "torchao-sdpa",
     "torchao-fa3",
+    "float",
     "fp8",
     "int8",
     "fp8-attention",
@@ -53,8 +54,8 @@ _HOW = f"""\
   in fp32, TF32 off, at full size.
 - torch.compile sees the whole model; with torchao's fp8 (dynamic, per row), whose compilation takes
   minutes, each block on its own. SageAttention is 1.0.6, which is written in Triton.
-- **Gain** is over torch.compile in bf16 with cuDNN attention in the same run; columns of different
-  runs are compared through it.
+- **Gain** is over torch.compile in bf16 with cuDNN attention. Columns of different runs, and so of
+  different cards, are compared through a column that is in both, never by their times.
 - **SM, MHz** is the clock while forwards of the cell run.
 """
 _KERNELS = """\
@@ -151,14 +152,14 @@ def _row_section(cells: Cells, row: str) -> list[str]:
     shown = [cell for name in _SHOWN if (cell := figures.timed(cells, row, name))]
     if not shown:
         return []
-    body = [_row_line(cell) for cell in shown]
+    body = [_row_line(cells, cell) for cell in shown]
     head = ("", "layer, ms", "range, ms", "all layers, s", "gain", "peak, GiB", "compile, s",
             "first call, s", "error", "SM, MHz")  # fmt: skip
     title = f"#### {ROWS[row].title}, {ROWS[row].tokens:,} tokens, {ROWS[row].layers} layers"
     return [title, _table(head, body)]
 
 
-def _row_line(cell: Cell) -> tuple[str, ...]:
+def _row_line(cells: Cells, cell: Cell) -> tuple[str, ...]:
     low, high = figures.layer_range_ms(cell)
     cold = bool(cell.get("cold"))
     return (
@@ -166,7 +167,7 @@ def _row_line(cell: Cell) -> tuple[str, ...]:
         f"{figures.layer_ms(cell):.2f}",
         f"{low:.2f} to {high:.2f}",
         f"{figures.model_ms(cell) / 1e3:.3f}",
-        _number(figures.over_compiled(cell), ".2f"),
+        _number(figures.over_compiled(cells, cell), ".2f"),
         _number(figures.model_gib(cell), ".1f"),
         _number(cell.get("compile_s") if cold else None, ".0f"),
         _number(cell.get("first_call_s") if cold else None, ".0f"),

@@ -70,6 +70,7 @@ def test_runs_are_compared_through_what_both_measured(tmp_path):
         "a": [cell("compile-sdpa", [170.0], [70.0]), cell("fp8-attention", [90.0], [40.0])],
         "b": [cell("compile-sdpa", [340.0], [140.0]), cell("torchao-fa3", [255.0], [105.0])],
         "c": [cell("torchao-sdpa", [90.0], [40.0])],
+        "d": [cell("fp8-attention", [270.0], [120.0]), cell("int8", [360.0], [160.0])],
     }
     files = []
     for name, results in runs.items():
@@ -82,7 +83,12 @@ def test_runs_are_compared_through_what_both_measured(tmp_path):
     over = h100_figures.gain(cells, ROW, "fp8-attention", h100_figures.TORCHAO)
     assert over == pytest.approx(expected)
     assert h100_figures.ratio(cells[ROW, "torchao-sdpa"], cells[ROW, "fp8-attention"]) is None
-    assert h100_figures.over_compiled(cells[ROW, "torchao-fa3"]) == pytest.approx(4 / 3)
+    assert h100_figures.over_compiled(cells, cells[ROW, "torchao-fa3"]) == pytest.approx(4 / 3)
+    # That of d, three times as slow as a, has our fp8 only: int8 is a quarter slower than that.
+    fp8_in_a = (20 + 40 * 50) / (15 + 40 * 25)
+    int8_over_fp8 = (60 + 40 * 100) / (45 + 40 * 75)
+    over = h100_figures.over_compiled(cells, cells[ROW, "int8"])
+    assert over == pytest.approx(fp8_in_a / int8_over_fp8)
 
 
 def test_targets_are_met_or_not_or_not_measured():
@@ -146,9 +152,8 @@ def test_the_document_says_what_was_measured_and_what_was_not():
             error=4e-3,
             cold=True,
             first_call_s=31,
-            base_ms=640.0,
         ),
-        cell("fp8-attention", [30.0], [10.0], rates=rates, profile=profile, base_ms=640.0),
+        cell("fp8-attention", [30.0], [10.0], rates=rates, profile=profile),
         {"row": ROW, "column": "eager", "note": "stopped after 150 s"},
     )
     text = h100_table.document(cells, [])
