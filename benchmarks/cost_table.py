@@ -2,7 +2,8 @@
 
 Reads the profiles in the results of `benchmarks.h100`, all runs together, and writes
 `wancompile/cost_h100.json`: for each kind of work and each shape that was measured, how much of it
-a millisecond does, in 1e9. Ops that pass over memory count under what they serve, so that the kinds of a layer add up to its ops.
+a millisecond does, in 1e9. Ops that pass over memory count under what they serve, so that the kinds
+of a layer add up to its ops.
 """
 
 from __future__ import annotations
