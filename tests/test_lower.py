@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,7 +9,7 @@ from kit import counts
 from small import fused, plain, quantized
 from torch import nn
 
-from wancompile import pipeline
+from wancompile import compiled, pipeline
 from wancompile.calibrate import Calibration
 from wancompile.export import export
 from wancompile.ir.levels import Level
@@ -94,6 +96,28 @@ def test_a_gpu_gets_kernels(monkeypatch, capability, dtype, kernel):
     assert counts(after)["quantize_per_head_triton"] == 2 - of_queries
     assert not {"scaled_linear", "scaled_attention"} & set(counts(after))
     assert len(after.graph.nodes) == len(before.graph.nodes)
+
+
+@pytest.mark.parametrize(
+    ("capability", "plain"), [((9, 0), ""), ((8, 6), "scaled_linear"), ((7, 5), "scaled_attention")]
+)
+def test_products_that_stay_plain_on_a_gpu_are_warned_of(monkeypatch, capability, plain):
+    """fp8 products want 8.9 or newer: an older card computes them without tensor cores."""
+    give(monkeypatch, capability)
+    after = pipeline.run(program("fp8"), [Lower(CUDA)])
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        compiled.warn_of_plain(after, CUDA)
+        compiled.warn_of_plain(after, CPU)
+    assert [plain in str(one.message) for one in caught] == [True] * bool(plain)
+
+
+def test_amd_has_no_cuda_capability(monkeypatch):
+    monkeypatch.setattr(torch.version, "hip", "6.3")
+    after = pipeline.run(program("int8"), [Lower(CUDA)])
+    assert counts(after)["scaled_linear"] == 2
+    reasons = {note.text for note in after.records[-1].skipped}
+    assert "2 x no kernel: each needs a CUDA device, not ROCm" in reasons
 
 
 @pytest.mark.usefixtures("hopper")

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -147,4 +148,8 @@ def test_compile_reports():
     # Nothing was calibrated, and the time of the one attention is known from its shape.
     assert compiled.report.stability is None
     assert compiled.report.predicted is not None
-    assert "predicted" in str(compiled.report)
+    text = str(compiled.report)
+    assert "predicted" in text
+    # What every op runs as is never silent, also where its first choice fits.
+    assert column(text, "op") == [note.site for note in compiled.report.records[-1].done]
+    assert re.search(r"^wancompile\.scaled_linear\.default +\d x plain body$", text, re.MULTILINE)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import warnings
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,6 +20,7 @@ from wancompile.gate.again import Inputs, check_again
 from wancompile.gate.check import Check
 from wancompile.gate.evidence import Evidence
 from wancompile.gate.limits import DEFAULT, Limits
+from wancompile.ir import match
 from wancompile.lora.branches import Branches
 from wancompile.lora.model import TakesLoras
 from wancompile.part import PipelinePart
@@ -25,6 +28,16 @@ from wancompile.program import Program
 from wancompile.report import Report
 from wancompile.samples import wrap_output
 from wancompile.signature import name_arguments
+
+_PRODUCTS = frozenset(
+    {
+        torch.ops.wancompile.scaled_linear.default,
+        torch.ops.wancompile.scaled_linear_residual.default,
+        torch.ops.wancompile.scaled_linear_low_rank.default,
+        torch.ops.wancompile.linear_gelu_quantize.default,
+        torch.ops.wancompile.scaled_attention.default,
+    }
+)
 
 
 class CompiledModel(TakesLoras, PipelinePart):
@@ -68,6 +81,7 @@ class CompiledModel(TakesLoras, PipelinePart):
     def _lower(self, device: torch.device) -> None:
         self._device = device
         self._base = pipeline.run(self._fused, passes.lowering(device))
+        warn_of_plain(self._base, device)
         loras, self._branches = self._branches.loras, Branches(self._fused)
         self._have(loras)
 
@@ -267,3 +281,18 @@ class _Hoisted:
 
 def _device_of(program: Program) -> torch.device:
     return next(iter(program.state.values())).device
+
+
+def warn_of_plain(lowered: Program, device: torch.device) -> None:
+    """Say where a GPU computes 8-bit products without tensor cores: slower than bf16 does."""
+    plain = Counter(
+        match.target_name(node) for node in lowered.graph.nodes if node.target in _PRODUCTS
+    )
+    if device.type != "cuda" or not plain:
+        return
+    found = ", ".join(f"{count} x {name}" for name, count in plain.items())
+    warnings.warn(
+        f"no kernel fits, so plain PyTorch computes these, slower than the original model: {found}; "
+        "the report says why",
+        stacklevel=4,
+    )

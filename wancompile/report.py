@@ -16,6 +16,7 @@ from wancompile.gate.rounds import Gate
 from wancompile.hoist import Hoisting
 from wancompile.ir import match
 from wancompile.ir.edit import Note
+from wancompile.ir.levels import Level
 from wancompile.ir.site import Group, Role, Ungrouped
 from wancompile.program import PassRecord, Program
 from wancompile.quant.stability import Stability
@@ -156,6 +157,7 @@ class Report:
             role_table(self.roles),
             _table(_stored_rows(self.stored), ["stored as", "tensors", "bytes"]),
             _table(_pass_rows(self.records), passes),
+            _table(_kernel_rows(self.records), ["op", "runs as"]),
             _table(_skip_rows(self.skips), ["skipped by", "times", "reason", "such as"]),
             _table(_ungrouped_rows(self.ungrouped), ["in no group", "reason", "such as"]),
         ]
@@ -251,6 +253,11 @@ def _pass_rows(records: Iterable[PassRecord]) -> list[list[object]]:
         ]
         for record in records
     ]
+
+
+def _kernel_rows(records: Iterable[PassRecord]) -> list[list[object]]:
+    lowered = [record for record in records if record.level is Level.LOWERED]
+    return [[note.site, note.text] for record in lowered for note in record.done]
 
 
 def _stored_rows(found: Iterable[Stored]) -> list[list[object]]:

@@ -34,8 +34,11 @@ class Kernel:
 
 
 def capability(device: torch.device) -> tuple[int, int] | None:
-    """CUDA compute capability of `device`, None where it is not a CUDA device."""
-    if device.type != "cuda":
+    """CUDA compute capability of `device`, None where it is not a CUDA device.
+
+    torch calls AMD's devices "cuda", too, with numbers that mean something else.
+    """
+    if device.type != "cuda" or torch.version.hip is not None:
         return None
     return torch.cuda.get_device_capability(device)
 
@@ -44,7 +47,7 @@ def lacks_capability(device: torch.device, least: tuple[int, int]) -> str | None
     """The reason why `device` cannot run a kernel that needs compute capability `least`."""
     have = capability(device)
     if have is None:
-        return f"needs a CUDA device, not {device.type}"
+        return f"needs a CUDA device, not {device.type if torch.version.hip is None else 'ROCm'}"
     if have < least:
         return f"needs compute capability {least[0]}.{least[1]}, not {have[0]}.{have[1]}"
     return None
