@@ -72,8 +72,30 @@ def test_a_pipeline_becomes_an_artifact_of_both_experts(work: Path, made: Compil
     printed = (work / "printed").read_text(encoding="utf-8")
     assert printed.count("int8, weights ") == 2
     assert "error of the output" in printed
-    for name in made.experts:
-        assert f"<h1>{name}</h1>" in (work / f"page.{name}.html").read_text(encoding="utf-8")
+
+
+def test_its_pages_show_a_block_before_and_after(work: Path) -> None:
+    for name in ("transformer", "transformer_2"):
+        page = (work / f"page.{name}.html").read_text(encoding="utf-8")
+        assert f"<h1>{name}</h1>" in page
+        assert _drawn(page) == ["NORMAL", "LOWERED"]
+        # 8-bit products are in the second picture and its listing alone.
+        before, after = page.split("<figcaption>blocks.0 at LOWERED</figcaption>")
+        assert "scaled_linear" not in before.partition("<figcaption>blocks.0 at NORMAL")[2]
+        assert "scaled_linear" in after
+
+
+def test_the_page_of_a_transformer_that_gave_up_its_weights(work: Path, tmp_path: Path) -> None:
+    source, page = work / "pipe" / "transformer", tmp_path / "page.html"
+    argv = ("compile", source, "--consume", "--limit", "off", "--report", page)
+    code, _, err = call(*argv, "--out", tmp_path / "out", "--recipe", "fp8")
+    assert code == 0, err
+    assert _drawn(page.read_text(encoding="utf-8")) == ["NORMAL", "LOWERED"]
+
+
+def _drawn(page: str) -> list[str]:
+    """Return the levels at which a page shows the first block."""
+    return re.findall(r"<figcaption>blocks\.0 at (\w+)</figcaption>", page)
 
 
 def test_it_runs_in_the_pipeline_it_was_made_from(made: CompiledPipeline) -> None:

@@ -15,6 +15,7 @@ from wancompile import presets
 from wancompile.artifact import document
 from wancompile.compiled import CompiledModel
 from wancompile.errors import ArtifactError, InputError
+from wancompile.program import Program
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -94,10 +95,20 @@ def original(place: Path, made: Made, device: torch.device) -> torch.nn.Module:
     Raises:
         InputError: there is no model in the folder, or another one.
     """
-    if not place.is_dir():
-        raise InputError(f"there is no folder {place} with the original")
-    _refuse_others(place, presets.from_folder(place).config, made.config)
+    _preset(place, made)
     return presets.load(place, dtype=made.dtype).to(device)
+
+
+def original_program(place: Path, made: Made) -> Program:
+    """Return the original of a saved model at level NORMAL, to be drawn: no weight is read.
+
+    Raises:
+        InputError: there is no model in the folder, or another one.
+    """
+    preset = _preset(place, made)
+    model = presets.build(preset, device="meta", dtype=made.dtype)
+    call = presets.example_inputs(preset, device="meta", dtype=made.dtype)
+    return wancompile.trace(model, call)
 
 
 def original_folder(folder: Path, part: str) -> Path:
@@ -106,6 +117,14 @@ def original_folder(folder: Path, part: str) -> Path:
         return folder / part
     inner = folder / "transformer"
     return inner if inner.is_dir() else folder
+
+
+def _preset(place: Path, made: Made) -> presets.Preset:
+    if not place.is_dir():
+        raise InputError(f"there is no folder {place} with the original")
+    found = presets.from_folder(place)
+    _refuse_others(place, found.config, made.config)
+    return found
 
 
 def _refuse_others(folder: Path, found: Mapping[str, Any], config: Any) -> None:

@@ -56,7 +56,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "--report",
         type=Path,
         metavar="FILE",
-        help="write a page with the time of each part of the model, a page for each transformer",
+        help="write a page with the time of each part of the model, a page for each transformer; "
+        "without --against it shows blocks only as they are after compiling",
     )
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
 
@@ -88,11 +89,11 @@ def run(args: argparse.Namespace) -> None:
     for part, folder in artifact.parts(args.artifact).items():
         name = part or folder.resolve().name
         page = None if args.report is None else artifact.page(args.report, part)
-        saved, call, made = _saved(folder, name, args, page)
+        place = None if args.against is None else artifact.original_folder(args.against, part)
+        saved, call, made = _saved(folder, name, args, page, place)
         found[name] = [saved]
         print(f"{name} on {args.device}: {calls.describe(call)}", file=sys.stderr)
-        if args.against is not None:
-            place = artifact.original_folder(args.against, part)
+        if place is not None:
             found[name].append(_original(place, made, call, args.runs))
     if args.json:
         print(json.dumps({name: [asdict(one) for one in both] for name, both in found.items()}))
@@ -101,7 +102,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _saved(
-    folder: Path, name: str, args: argparse.Namespace, page: Path | None
+    folder: Path, name: str, args: argparse.Namespace, page: Path | None, original: Path | None
 ) -> tuple[Figures, dict[str, Tensor], artifact.Made]:
     """Measure a saved model; return with it the call and what it was made of."""
     begun = _begin()
@@ -111,12 +112,14 @@ def _saved(
     peak = _peak(model.device) or peak_bytes()
     disk = artifact.size_on_disk(folder)
     found = Figures(model.report.recipe.name, first, forwards, peak, disk)
+    made = artifact.Made.of(model)
     if page is not None:
         measured = measure(model.program, call, runs=args.runs)
-        programs = (model.program,)
+        before = () if original is None else (artifact.original_program(original, made),)
+        programs = (*before, model.program)
         write_html(page, model.report, programs=programs, measured=measured, title=name)
         print(f"wrote {page}", file=sys.stderr)
-    return found, call, artifact.Made.of(model)
+    return found, call, made
 
 
 def _original(folder: Path, made: artifact.Made, call: Mapping[str, Tensor], runs: int) -> Figures:

@@ -62,7 +62,12 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument(
         "--out", type=Path, required=True, metavar="DIR", help="the folder to write"
     )
-    parser.add_argument("--report", type=Path, metavar="FILE", help="write a page about it, too")
+    parser.add_argument(
+        "--report",
+        type=Path,
+        metavar="FILE",
+        help="write a page about it, too, with each block before and after",
+    )
     parser.add_argument(
         "--device", metavar="NAME", help="where to compute, such as cuda (default: cpu)"
     )
@@ -159,10 +164,17 @@ def run(args: argparse.Namespace) -> None:
         print(_summary(part or args.folder.resolve().name, model))
         if args.report is not None:
             page = artifact.page(args.report, part if len(models) > 1 else "")
-            name, programs = part or args.folder.resolve().name, (model.program,)
-            write_html(page, model.report, programs=programs, title=name)
-            print(f"wrote {page}", file=sys.stderr)
+            _write_page(page, args.folder, part, model)
     print(f"wrote {args.out}, {nbytes(artifact.size_on_disk(args.out))}", file=sys.stderr)
+
+
+def _write_page(page: Path, folder: Path, part: str, model: CompiledModel) -> None:
+    place = artifact.original_folder(folder, part)
+    # Traced again: the model that was compiled may have given up its weights.
+    before = artifact.original_program(place, artifact.Made.of(model))
+    name, programs = part or folder.resolve().name, (before, model.program)
+    write_html(page, model.report, programs=programs, title=name)
+    print(f"wrote {page}", file=sys.stderr)
 
 
 def _check_usage(args: argparse.Namespace, is_pipeline: bool) -> None:

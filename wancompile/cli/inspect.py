@@ -39,7 +39,8 @@ Values that belong to a linear or an attention are named after it. QUANTIZED
 and what follows compute with weights: give a folder that has some, or --tiny.
 
 Of a folder that wancompile has written, print the report; with --site the
-graph there; with --html write its page. There is no level but LOWERED.
+graph there; with --html write its page. There is no level but LOWERED, so the
+page shows blocks only as they are after compiling.
 """
 
 
