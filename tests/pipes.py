@@ -7,10 +7,8 @@ frame. `pipe.save_pretrained` and `from_pretrained` work on them.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any
 
 import diffusers
@@ -74,9 +72,7 @@ def make(kind: str, layers: int = 1, *, scheduler: Any = None) -> Any:
         parts["expand_timesteps"] = True
     if chosen.variant in ("i2v", "animate"):
         parts.update(image_encoder=image_encoder(), image_processor=image_processor())
-    factory = getattr(diffusers, chosen.pipeline)
-    _mend_text(factory)
-    pipe = factory(**parts)
+    pipe = getattr(diffusers, chosen.pipeline)(**parts)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -128,12 +124,6 @@ def picture(seed: int, size: int = SIZE) -> Image.Image:
 def frames(count: int, seed: int, size: int = SIZE) -> list[Image.Image]:
     """Random pictures."""
     return [picture(100 * seed + index, size) for index in range(count)]
-
-
-def _mend_text(factory: Any) -> None:
-    """Stand in for ftfy where it is not installed: it leaves ASCII text as it is."""
-    module = vars(sys.modules[factory.__module__])
-    module.setdefault("ftfy", SimpleNamespace(fix_text=str))
 
 
 # Parts -----------------------------------------------------------------------------------------

@@ -114,7 +114,6 @@ def test_what_the_model_was_not_traced_with_is_refused():
 
 
 def test_offloading_moves_compiled_experts():
-    pytest.importorskip("accelerate", reason="diffusers offloads by accelerate's hooks")
     pipe = pipes.make("t2v22")
     pipe.enable_model_cpu_offload(device="cpu")
     made("t2v22")[1].attach(pipe)
