@@ -8,13 +8,16 @@
 | text that is all zeros | compiles; groups that read text, or attention over it, as above |
 | videos of one token | compiles; all but the groups that read text as above |
 | samples of one timestep | compiles; `check` on other timesteps tells whether that was enough |
-| another expert's statistics | attention whose values lie outside of its scales returns to float |
+| another expert's statistics | a warning, also in the report; clipped attention returns to float |
 """
 
 from __future__ import annotations
 
 import copy
 import math
+import pipes
+import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -23,10 +26,12 @@ import zoo
 import wancompile
 from wancompile.errors import CalibrationError, NumericsError
 from wancompile.gate.check import Kind
+from wancompile.html import write_html
 from wancompile.pipeline import relative_error
 
 RECIPE = "int8-attention"
 FEW = "different tokens"
+OTHER = "the statistics are of other weights than those of"
 ATTENTION = "blocks.0.attn1:attention"
 TEXT = torch.randn(2, 512, 40, generator=torch.Generator().manual_seed(3))
 
@@ -163,19 +168,69 @@ def test_samples_of_one_timestep(wan):
     assert check.passed  # the range of this model's activations hardly depends on the timestep
 
 
-def test_statistics_of_another_expert(wan):
-    """The same architecture, but its queries and keys are a fifth as large."""
+def scaled(wan, factor):
+    """Return the same architecture with queries and keys of another size."""
     other = copy.deepcopy(wan)
     with torch.no_grad():
         for norm in (other.blocks[0].attn1.norm_q, other.blocks[0].attn1.norm_k):
-            norm.weight.mul_(0.2)
-    stats, call = wancompile.calibrate(other, calls(3)), calls(1, first=50)[0]
+            norm.weight.mul_(factor)
+    return other
+
+
+def test_statistics_of_another_expert(wan):
+    stats, call = wancompile.calibrate(scaled(wan, 0.2), calls(3)), calls(1, first=50)[0]
     options = {"recipe": RECIPE, "stats": stats, "example_inputs": call}
-    compiled = wancompile.compile(wan, **options)
+    with pytest.warns(UserWarning, match=OTHER):
+        compiled = wancompile.compile(wan, **options)
     found = only_fallback(compiled)
     assert (found.place, found.kind, found.after) == (ATTENTION, Kind.CLIPPED, "float")
     assert found.figure > 0.2
     passes_on_others(wan, compiled)
-    unguarded = wancompile.compile(wan, **options, limits=None)
+    with pytest.warns(UserWarning, match=OTHER):
+        unguarded = wancompile.compile(wan, **options, limits=None)
     assert unguarded.check(call).clipped[ATTENTION] == found.figure
     assert error_of(wan, unguarded, call) > 2 * error_of(wan, compiled, call)
+
+
+def outlying(wan):
+    """Return `wan` with loud channels in what its MLP and its output projections read."""
+    other = copy.deepcopy(wan)
+    with torch.no_grad():
+        other.blocks[0].ffn.net[0].proj.weight[::5].mul_(30)
+        other.blocks[0].attn1.to_v.weight[::5].mul_(30)
+    return other
+
+
+def test_statistics_of_another_expert_are_noticed_where_linears_alone_are_in_8_bits(wan, tmp_path):
+    """Nothing clips there, and errors grow within their limits: only the digest tells."""
+    call, model = calls(1, first=50)[0], outlying(wan)
+    own, foreign = (wancompile.calibrate(one, calls(3)) for one in (model, wan))
+    own.save(tmp_path / "own.st")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loaded = wancompile.Stats.load(tmp_path / "own.st")
+        good = wancompile.compile(model, stats=loaded, example_inputs=call)
+        unknown = wancompile.compile(model, stats=replace(foreign, model=""), example_inputs=call)
+    assert good.report.notes == unknown.report.notes == ()
+    with pytest.warns(UserWarning, match=f"{OTHER} this model.*give calib_data") as caught:
+        poor = wancompile.compile(model, stats=foreign, example_inputs=call)
+    (note,) = poor.report.notes
+    assert [str(one.message) for one in caught] == [note]
+    assert f"note: {note}" in str(poor.report)
+    assert note.partition("`")[0] in write_html(tmp_path / "page.html", poor.report).read_text()
+    assert poor.report.gate.check.passed
+    assert poor.report.gate.fallbacks == ()
+    assert error_of(model, poor, call) > 1.3 * error_of(model, good, call)
+
+
+def test_statistics_of_experts_that_are_swapped():
+    pipe = pipes.make("t2v22")
+    names = ("transformer", "transformer_2")
+    first, second = (wancompile.calibrate(getattr(pipe, name), calls(1)) for name in names)
+    swapped = {"transformer": second, "transformer_2": first}
+    examples = dict.fromkeys(names, calls(1)[0])
+    with pytest.warns(UserWarning, match=OTHER) as caught:
+        compiled = wancompile.compile(pipe, stats=swapped, example_inputs=examples, limits=None)
+    told = [str(one.message) for one in caught]
+    assert all(f"the expert {name}:" in text for name, text in zip(names, told, strict=True))
+    assert [one.notes for one in compiled.report.experts.values()] == [(one,) for one in told]

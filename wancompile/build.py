@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from glob import escape
@@ -15,6 +16,7 @@ from wancompile import passes, pipeline
 from wancompile.auto import choose_recipe
 from wancompile.compiled import CompiledModel
 from wancompile.cost import Costs, costs
+from wancompile.digest import of_state
 from wancompile.errors import CalibrationError, InputError
 from wancompile.gate.limits import Limits
 from wancompile.gate.rounds import Rounds
@@ -31,7 +33,10 @@ from wancompile.times import Predicted, predict
 
 @dataclass(frozen=True)
 class Options:
-    """How a model is compiled; each as `wancompile.compile` describes it."""
+    """How a model is compiled; each as `wancompile.compile` describes it.
+
+    `expert` is the name that the model has in a pipeline, empty where it is none's.
+    """
 
     recipe: Recipe | Auto
     consume: bool
@@ -40,6 +45,7 @@ class Options:
     checkpoint: Path | None
     progress: bool
     dump: Path | None
+    expert: str = ""
 
     @property
     def gated(self) -> bool:
@@ -102,6 +108,9 @@ def build(model: torch.nn.Module, prepared: Prepared, options: Options) -> Compi
         WancompileError: as `wancompile.compile` does.
     """
     program, stats, evidence = prepared.program, prepared.stats, prepared.evidence
+    notes = _notes(program, stats, options.expert)
+    for note in notes:
+        warnings.warn(note, stacklevel=3)
     chosen, choice, where = options.recipe, None, options.device
     if isinstance(chosen, Auto):
         choice = choose_recipe(
@@ -133,9 +142,25 @@ def build(model: torch.nn.Module, prepared: Prepared, options: Options) -> Compi
         gate,
         stability=_stability(stats),
         predicted=None if times is None else _predicted(times, rounds.recipe, program, fused),
+        notes=notes,
     ).with_program(fused)
     config = getattr(model, "config", None)
     return CompiledModel(fused, report, config, _dtype_of(model), evidence)
+
+
+def _notes(program: Program, stats: Stats | None, expert: str) -> tuple[str, ...]:
+    """Return what speaks against the statistics, though they fit the sites of the model.
+
+    Nothing in them looks wrong where only weights differ: scales are then those of other values.
+    """
+    if stats is None or not stats.model or stats.model == of_state(program.state):
+        return ()
+    name = f"the expert {expert}" if expert else "this model"
+    return (
+        f"the statistics are of other weights than those of {name}: of another expert, another "
+        "checkpoint, or the same in another type. A fine-tune may do with those of its base, and "
+        "`check` on calls tells the error; else give calib_data, or statistics of its own",
+    )
 
 
 def _costs(program: Program) -> Costs | None:

@@ -73,7 +73,8 @@ class Report:
     measured. `hoisting` says what is computed once for each prompt, None if nothing is. `stored`
     are the tensors of the compiled program by type, most bytes first. `stability` says how far
     scales moved between halves of the calibration calls, None without such. `predicted` is the
-    time of the blocks by measured rates, None where no rates fit the model.
+    time of the blocks by measured rates, None where no rates fit the model. `notes` are what
+    compiling warned of.
     """
 
     recipe: Recipe
@@ -88,6 +89,7 @@ class Report:
     stored: tuple[Stored, ...] = ()
     stability: Stability | None = None
     predicted: Predicted | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def errors(self) -> Mapping[str, float]:
@@ -154,6 +156,7 @@ class Report:
         passes = ["pass", "done", "skipped", "nodes", "ms", "output moved"]
         parts = [
             f"recipe {self.recipe.name}, weights {sizes}",
+            "\n".join(f"note: {one}" for one in self.notes),
             role_table(self.roles),
             _table(_stored_rows(self.stored), ["stored as", "tensors", "bytes"]),
             _table(_pass_rows(self.records), passes),

@@ -155,9 +155,10 @@ def _of_all(what: str, experts: Experts, given: Mapping[str, Any] | None) -> dic
 
 
 def _of(name: str, options: Options) -> Options:
-    """Return the options of one expert: files and dumps of its own."""
+    """Return the options of one expert: its name, files and dumps of its own."""
     dump = None if options.dump is None else options.dump / name
-    return replace(options, checkpoint=_file(name, options.checkpoint), dump=dump)
+    checkpoint = _file(name, options.checkpoint)
+    return replace(options, checkpoint=checkpoint, dump=dump, expert=name)
 
 
 def _file(name: str, path: Path | None) -> Path | None:

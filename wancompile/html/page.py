@@ -96,6 +96,8 @@ def _sections(
     parts: list[Section] = []
     if added is not None:
         parts.append(("results", "Results", "", join(render(added))))
+    if report.notes:
+        parts.append(("notes", "Notes", "", join(el("p", one) for one in report.notes)))
     parts.append(("roles", "Roles", _ROLES, sections.roles(report.roles)))
     parts.append(("weights", "Weights", "", amounts.weights(report)))
     if report.predicted is not None or measured is not None:
