@@ -114,7 +114,7 @@ def _measure_layers(turn: Turn, job: Job, options: Options, device: torch.device
     for _ in range(options.repeats):
         for layers, one in both.items():
             times[layers].append(models.milliseconds(one.forward, device))
-    turn.report(forward_ms=times, clocks=models.clocks_during(deep.forward, device))
+    turn.report(forward_ms=times)
     if options.with_profile:
         _profile(turn, job, deep, shallow, call, device)
     turn.give_back()
@@ -193,5 +193,5 @@ def _measure_whole(turn: Turn, job: Job, options: Options, device: torch.device)
     forward()
     repeats = range(min(3, options.repeats))
     times = [models.milliseconds(forward, device) for _ in repeats]
-    turn.report(forward_ms={str(layers): times}, clocks=models.clocks_during(forward, device))
+    turn.report(forward_ms={str(layers): times})
     turn.give_back()

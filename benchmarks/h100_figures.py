@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.h100_plan import COLUMNS, DEEP, ROWS, SHALLOW, WHOLE_ROW
-from benchmarks.h100_profile import ELEMENTWISE, LINEARS, PARTS
+from benchmarks.h100_profile import ATTENTION, ELEMENTWISE, LINEARS, PARTS
+from wancompile import presets
 
 Cell = Mapping[str, Any]
 Cells = Mapping[tuple[str, str], Cell]
@@ -29,6 +30,9 @@ _FIRST_CALL_S = 60.0
 _MEMORY = 0.62
 _INT8 = 1.03
 _ELEMENTWISE = 1.25
+_FFN_TFLOPS = 1300.0
+_ATTENTION = 0.90
+_ERROR = 1.20
 # Of a layer's time: what takes less is not worth a kernel's improvement.
 _NOTICEABLE = 0.005
 
@@ -209,6 +213,9 @@ def targets(cells: Cells) -> list[Target]:
     ]
     found += [_int8(cells, row) for row in ROWS]
     found += [_elementwise(cells, row) for row in ROWS]
+    found += [_ffn_rate(cells, column) for column in (OURS, OURS_INT8)]
+    found += [_attention_rate(cells, row) for row in ROWS]
+    found += [_error(cells, row, column) for column in ("fp8", "int8") for row in ROWS]
     return [*found, _memory(cells), _first_call(cells)]
 
 
@@ -264,6 +271,38 @@ def _elementwise(cells: Cells, row: str) -> Target:
                     _ELEMENTWISE)  # fmt: skip
 
 
+def _ffn_rate(cells: Cells, column: str) -> Target:
+    cell = timed(cells, WHOLE_ROW, column)
+    ffn = f"x{presets.find(ROWS[WHOLE_ROW].preset).config['ffn_dim']} "
+    rates = [
+        1e3 * entry["tflop"] / entry["ms"]
+        for entry in (cell or {}).get("profile") or ()
+        if entry["part"] == LINEARS and ffn in entry["shapes"]
+    ]
+    text = f"TFLOP/s of the slower product of the FFN, {column_title(column)}"
+    return _at_least(text, WHOLE_ROW, min(rates, default=None), _FFN_TFLOPS, 0)
+
+
+def _attention_rate(cells: Cells, row: str) -> Target:
+    times = [_self_attention_ms(timed(cells, row, column)) for column in (OURS, OURS_INT8)]
+    value = times[0] / times[1] if times[0] and times[1] else None
+    text = "rate of our attention over FlashAttention-3's in fp8, inside of models"
+    return _at_least(text, row, value, _ATTENTION)
+
+
+def _self_attention_ms(cell: Cell | None) -> float | None:
+    """Return the time of the longest op of the attention."""
+    entries = (cell or {}).get("profile") or ()
+    return max((entry["ms"] for entry in entries if entry["part"] == ATTENTION), default=None)
+
+
+def _error(cells: Cells, row: str, column: str) -> Target:
+    own, peer = (cells.get((row, name), {}).get("error") for name in (column, "torchao-sdpa"))
+    value = own / peer if own and peer else None
+    text = f"error of {column_title(column)}, over torchao fp8's"
+    return _at_most(text, row, value, _ERROR)
+
+
 def _memory(cells: Cells) -> Target:
     own, whole = timed(cells, WHOLE_ROW, OURS), cells.get((WHOLE_ROW, "whole"))
     peer = timed(cells, WHOLE_ROW, COMPILED)
@@ -283,6 +322,11 @@ def _first_call(cells: Cells) -> Target:
 def _at_most(text: str, row: str, value: float | None, limit: float, digits: int = 2) -> Target:
     met = None if value is None else value <= limit
     return Target(text, row, f"<= {limit:.{digits}f}", value, met)
+
+
+def _at_least(text: str, row: str, value: float | None, least: float, digits: int = 2) -> Target:
+    met = None if value is None else value >= least
+    return Target(text, row, f">= {least:.{digits}f}", value, met)
 
 
 def column_title(name: str) -> str:

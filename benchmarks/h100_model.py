@@ -1,10 +1,8 @@
-"""Models with random weights, their inputs, and clocks for CUDA and CPU."""
+"""Models with random weights, their inputs, and time and memory on CUDA and CPU."""
 
 from __future__ import annotations
 
-import shutil
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
 from typing import Any
@@ -107,26 +105,6 @@ def peak_gib(forward: Forward, device: torch.device, base_gib: float) -> float |
     forward()
     synchronize(device)
     return torch.cuda.max_memory_allocated(device) / 2**30 - base_gib
-
-
-_SMI = ("clocks.sm", "clocks.mem", "power.draw", "temperature.gpu")
-
-
-def clocks_during(forward: Forward, device: torch.device) -> dict[str, float] | None:
-    """Return SM and memory MHz, watts and degrees while forwards run; None where unknown."""
-    if device.type != "cuda" or shutil.which("nvidia-smi") is None:
-        return None
-    for _ in range(3):
-        forward()
-    command = ["nvidia-smi", f"--query-gpu={','.join(_SMI)}", "--format=csv,noheader,nounits"]
-    try:
-        found = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
-        values = [float(value) for value in found.stdout.splitlines()[0].split(",")]
-    except (OSError, subprocess.SubprocessError, ValueError, IndexError):
-        return None
-    finally:
-        synchronize(device)
-    return dict(zip(_SMI, values, strict=False))
 
 
 def rates(device: torch.device, size: int = 8192) -> dict[str, float]:

@@ -36,7 +36,9 @@ _SHOWN = (
 # What the numbers cannot say: what was tried, what it gave, and what limits it.
 _NOTES = Path(__file__).with_name("h100_notes.md")
 _HOW = f"""\
-`python -m benchmarks.h100 FILE`, on one H100.
+`python -m benchmarks.h100 FILE`, on one H100. All cells take half an hour of compiling and
+measuring: in the ten minutes of one run the last ones have no time left, so what stands here is of
+several runs, with `--rows` and `--columns` of what was missing.
 
 - Weights are random: they serve for speed, and the errors below are errors on random activations,
   not of videos. Calibration data of ours is one random call.
@@ -51,12 +53,11 @@ _HOW = f"""\
   Triton compile, beside other processes; **compile** is the call of `wancompile.compile` before it.
   Neither is shown where a cache held kernels of an earlier cell.
 - **Error** is the relative L2 distance of the output of {DEEP} layers from that of the same weights
-  in fp32, TF32 off, at full size.
+  in fp32, TF32 off, at full size; empty where a run had no time for those.
 - torch.compile sees the whole model; with torchao's fp8 (dynamic, per row), whose compilation takes
   minutes, each block on its own. SageAttention is 1.0.6, which is written in Triton.
 - **Gain** is over torch.compile in bf16 with cuDNN attention. Columns of different runs, and so of
   different cards, are compared through a column that is in both, never by their times.
-- **SM, MHz** is the clock while forwards of the cell run.
 """
 _KERNELS = """\
 Of one layer. The floor is the larger of two times: that of its bytes at the rate of a large copy,
@@ -154,7 +155,7 @@ def _row_section(cells: Cells, row: str) -> list[str]:
         return []
     body = [_row_line(cells, cell) for cell in shown]
     head = ("", "layer, ms", "range, ms", "all layers, s", "gain", "peak, GiB", "compile, s",
-            "first call, s", "error", "SM, MHz")  # fmt: skip
+            "first call, s", "error")  # fmt: skip
     title = f"#### {ROWS[row].title}, {ROWS[row].tokens:,} tokens, {ROWS[row].layers} layers"
     return [title, _table(head, body)]
 
@@ -172,7 +173,6 @@ def _row_line(cells: Cells, cell: Cell) -> tuple[str, ...]:
         _number(cell.get("compile_s") if cold else None, ".0f"),
         _number(cell.get("first_call_s") if cold else None, ".0f"),
         _number(cell.get("error"), ".1e"),
-        _number((cell.get("clocks") or {}).get("clocks.sm"), ".0f"),
     )
 
 

@@ -117,6 +117,30 @@ def test_targets_are_met_or_not_or_not_measured():
     assert found["first call of all 40 layers, seconds", ROW].met is False
 
 
+def test_rates_and_errors_are_targets_too():
+    def product(ms, shapes="1x32760x5120 fp8, 13824x5120 fp8 -> 1x32760x13824 bf16"):
+        return entry(ms=ms, tflop=4.2, shapes=shapes)
+
+    def attention(ms):
+        return entry("attention", "attention", ms=ms)
+
+    ours = [product(3.0), product(4.2), attention(1.0), attention(20.0)]
+    cells = by_key(
+        cell("fp8-attention", [90.0], [40.0], profile=ours),
+        cell("int8-attention-fast", [90.0], [40.0], profile=[product(3.0), attention(25.0)]),
+        cell("torchao-sdpa", [90.0], [40.0], error=2e-2),
+        cell("fp8", [90.0], [40.0], error=2.5e-2),
+    )
+    found = {one.text: one for one in h100_figures.targets(cells) if one.where == ROW}
+    ffn = found["TFLOP/s of the slower product of the FFN, ours fp8, 8-bit attention"]
+    assert (ffn.value, ffn.met) == (pytest.approx(1000), False)
+    rate = found["rate of our attention over FlashAttention-3's in fp8, inside of models"]
+    assert (rate.value, rate.met) == (pytest.approx(0.8), False)
+    error = found["error of ours fp8, bf16 attention, over torchao fp8's"]
+    assert (error.value, error.met) == (pytest.approx(1.25), False)
+    assert found["error of ours int8, bf16 attention, over torchao fp8's"].met is None
+
+
 def test_the_faster_torchao_counts():
     cells = by_key(
         cell("fp8-attention", [30.0], [10.0]),

@@ -163,8 +163,8 @@ class CompiledModel(TakesLoras, PipelinePart):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the program; arguments and result are those of the original model.
 
-        `torch.export.export` captures the whole program: it has no place to keep what belongs to
-        a prompt.
+        `torch.export.export` and `torch.compile` capture the whole program: they have no place to
+        keep what belongs to a prompt.
         """
         signature = self.program.signature
         call = name_arguments(signature.parameters, signature.defaults, args, kwargs)
@@ -175,14 +175,19 @@ class CompiledModel(TakesLoras, PipelinePart):
             leaves = self._whole(*tensors)
         else:
             with torch.no_grad():
-                leaves = (self._loop or self.lowered)(*tensors)
+                leaves = self._leaves(*tensors)
         return wrap_output(signature.unflatten(leaves), call)
+
+    def _leaves(self, *tensors: torch.Tensor) -> Any:
+        if self._loop is None or torch.compiler.is_compiling():
+            return self._whole(*tensors)
+        return self._loop(*tensors)
 
     def _whole(self, *tensors: torch.Tensor) -> Any:
         if self._is_away:
             raise InputError(
-                "weights that only a new prompt needs are on the host, where an exported program "
-                "would not find them: call hoist() before torch.export"
+                "weights that only a new prompt needs are on the host, where an exported or compiled "
+                "program would not find them: call hoist() before torch.export or torch.compile"
             )
         return self.lowered(*tensors)
 
@@ -292,7 +297,7 @@ def warn_of_plain(lowered: Program, device: torch.device) -> None:
         return
     found = ", ".join(f"{count} x {name}" for name, count in plain.items())
     warnings.warn(
-        f"no kernel fits, so plain PyTorch computes these, slower than the original model: {found}; "
+        f"no kernel fits, so plain PyTorch computes these, slower than the original does: {found}; "
         "the report says why",
         stacklevel=4,
     )
