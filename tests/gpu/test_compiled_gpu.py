@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_kernels_gpu import compilations
 
 import wancompile
 import wancompile.demo
@@ -68,15 +69,35 @@ def test_the_gpu_computes_what_the_cpu_does(cuda, recipe, name):
 
 
 @pytest.mark.parametrize("recipe", ATTENTION)
-def test_no_call_waits_for_the_gpu(cuda, trained, recipe):
+def test_no_call_waits_for_the_gpu_nor_compiles_anew(cuda, trained, recipe):
     compiled = wancompile.compile(trained, [call(cuda)], recipe=recipe)
     sizes = [{}, {"frames": 3}, {"height": 16, "width": 32}, {"batch": 2}]
-    calls = [call(cuda, **size) for size in sizes]
+    runs_on(compiled, [call(cuda, **size) for size in sizes], cuda)
+
+
+@pytest.mark.parametrize("recipe", ATTENTION)
+def test_nor_does_one_with_a_timestep_per_token(cuda, recipe):
+    preset = presets.truncated(presets.find("ti2v-5b"), 1)
+    torch.manual_seed(0)
+    model = presets.build(preset, device="cuda", dtype=torch.bfloat16)
+    sizes = [(3, 8, 12), (2, 8, 12), (3, 4, 20)]
+    calls = [
+        presets.example_inputs(preset, latent=size, device="cuda", dtype=torch.bfloat16)
+        for size in sizes
+    ]
+    runs_on(wancompile.compile(model, calls[:1], recipe=recipe), calls, cuda)
+
+
+def runs_on(compiled, calls, device) -> None:
+    """Fail if any call but the first waits for the GPU, or compiles a kernel."""
+    pytest.importorskip("triton")
     compiled(**calls[0])
     torch.cuda.synchronize()
+    before = compilations(device)
     torch.cuda.set_sync_debug_mode("error")
     try:
         for given in calls:
             compiled(**given)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    assert compilations(device) == before

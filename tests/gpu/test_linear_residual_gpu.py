@@ -77,7 +77,10 @@ def test_int8_is_the_plain_body_bit_for_bit(cuda, features, depth, gate, bias):
 
 
 @pytest.mark.parametrize("stream", [torch.float16, torch.float32])
-@pytest.mark.parametrize("shape", [(1, 333, 1552, 208), (2, 127, 128, 5120), (1, 9000, 272, 1040)])
+@pytest.mark.parametrize(
+    "shape",
+    [(1, 333, 1552, 208), (2, 127, 128, 5120), (1, 9000, 272, 1040), (1, 75600, 1536, 1536)],
+)
 def test_int8_is_the_plain_body_for_other_streams(cuda, stream, shape):
     args = residual_args(shape, INT8, cuda, stream=stream)
     out = run(args)
@@ -85,7 +88,10 @@ def test_int8_is_the_plain_body_for_other_streams(cuda, stream, shape):
     assert torch.equal(out, ops.scaled_linear_residual(*args))
 
 
-@pytest.mark.parametrize("shape", [(1, 32760, 5120, 5120), (2, 333, 1552, 208), (1, 1, 5120, 208)])
+@pytest.mark.parametrize(
+    "shape",
+    [(1, 32760, 5120, 5120), (1, 75600, 1536, 1536), (2, 333, 1552, 208), (1, 1, 5120, 208)],
+)
 @pytest.mark.parametrize("gate", GATES)
 @pytest.mark.parametrize("stream", [torch.bfloat16, torch.float32])
 def test_fp8_is_float64_as_near_as_without_a_residual(cuda, shape, gate, stream):
