@@ -30,6 +30,7 @@ from wancompile.passes.raise_slice_stores import RaiseSliceStores
 from wancompile.passes.raise_stores import RaiseStores
 from wancompile.passes.resolve_slices import ResolveSlices
 from wancompile.passes.share_common import ShareCommon
+from wancompile.passes.share_rows import ShareRows
 from wancompile.passes.smooth import Smooth
 from wancompile.passes.split_heads import SplitHeads
 from wancompile.pipeline import Pass
@@ -84,7 +85,13 @@ FUSE: tuple[Pass, ...] = (
     FuseLinearResidual(),
     FuseNorm(),
     FuseResidual(),
+    ShareRows(),
 )
+
+
+def fusion(*, share_rows: bool = True) -> tuple[Pass, ...]:
+    """QUANTIZED -> FUSED; `ShareRows` changes no bit and can be left out."""
+    return FUSE if share_rows else tuple(one for one in FUSE if not isinstance(one, ShareRows))
 
 
 def lowering(device: torch.device) -> tuple[Pass, ...]:

@@ -26,7 +26,7 @@ from torch.fx import Node
 from wancompile.ir import match
 from wancompile.ir.edit import Draft
 from wancompile.ir.levels import Level
-from wancompile.passes.modulations import common_rows, split
+from wancompile.passes.modulations import split
 from wancompile.passes.residuals import is_modulation, residual_of
 
 aten = torch.ops.aten
@@ -35,12 +35,7 @@ ops = torch.ops.wancompile
 
 @dataclass(frozen=True)
 class FuseNorm:
-    """Fuse each quantise op with the norm behind it, and the residual sum behind that.
-
-    With `distinct_rows`, rows of a modulation that repeat are read from one place.
-    """
-
-    distinct_rows: bool = True
+    """Fuse each quantise op with the norm behind it, and the residual sum behind that."""
 
     name: ClassVar[str] = "fuse_norm"
     needs: ClassVar[Level] = Level.FUSED
@@ -56,7 +51,7 @@ class FuseNorm:
             if not match.leads_only_to(norm.node, node):
                 draft.skip(node, "something else reads the normed values, too", norm.node)
                 continue
-            _fuse(draft, node, norm, self.distinct_rows)
+            _fuse(draft, node, norm)
         draft.sort()
 
 
@@ -113,7 +108,7 @@ def _is_layer_norm(node: Any) -> bool:
     return match.is_tensor(node) and match.is_op(match.narrowed_from(node), aten.layer_norm.default)
 
 
-def _fuse(draft: Draft, node: Node, norm: _Norm, distinct_rows: bool) -> None:
+def _fuse(draft: Draft, node: Node, norm: _Norm) -> None:
     _, inv_smooth, dtype = match.args(node)
     residual = residual_of(norm.x)
     if residual is not None and _depends([norm.weight, norm.bias], norm.x):
@@ -121,8 +116,7 @@ def _fuse(draft: Draft, node: Node, norm: _Norm, distinct_rows: bool) -> None:
     gate = residual.gate if residual is not None else None
     splits = [split(draft, one, node) for one in (gate, norm.weight, norm.bias)]
     gating, *modulating = ((one.value, one.offset) for one in splits)
-    rows = common_rows(draft, splits, node) if distinct_rows else None
-    operands = [*itertools.chain(*modulating), rows, norm.eps, inv_smooth, dtype]
+    operands = [*itertools.chain(*modulating), None, norm.eps, inv_smooth, dtype]
     if residual is None:
         draft.did(node, f"norm rounds to {match.dtype_name(dtype)}")
         draft.replace_call(node, ops.norm_quantize.default, norm.x, *operands)

@@ -18,7 +18,7 @@ from torch.fx import Node
 from wancompile.ir import match
 from wancompile.ir.edit import Draft
 from wancompile.ir.levels import Level
-from wancompile.passes.modulations import common_rows, split
+from wancompile.passes.modulations import split
 from wancompile.passes.residuals import is_outermost, residual_of
 
 aten = torch.ops.aten
@@ -27,12 +27,7 @@ ops = torch.ops.wancompile
 
 @dataclass(frozen=True)
 class FuseResidual:
-    """Fuse the gated sums that are left; a sum without a gate is one op as it is.
-
-    With `distinct_rows`, rows of a gate that repeat are read from one place.
-    """
-
-    distinct_rows: bool = True
+    """Fuse the gated sums that are left; a sum without a gate is one op as it is."""
 
     name: ClassVar[str] = "fuse_residual"
     needs: ClassVar[Level] = Level.FUSED
@@ -49,8 +44,7 @@ class FuseResidual:
                 continue
             draft.did(node, "gate and residual in one op")
             gate = split(draft, residual.gate, node)
-            rows = common_rows(draft, [gate], node) if self.distinct_rows else None
-            operands = residual.x, residual.y, gate.value, gate.offset, rows
+            operands = residual.x, residual.y, gate.value, gate.offset, None
             draft.replace_call(node, ops.add_gated.default, *operands)
 
 

@@ -7,7 +7,6 @@ per token, is then never made: kernels read E as it is and add the constant.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,16 +17,14 @@ from wancompile.ir import match
 from wancompile.ir.edit import Draft
 
 aten = torch.ops.aten
-ops = torch.ops.wancompile
 
 
 @dataclass(frozen=True)
 class Split:
-    """A modulation as `value + offset`; `base` is the tensor that `value` is a slice of."""
+    """A modulation as `value + offset`, of which `value` is one place of a larger tensor."""
 
     value: Node | None
     offset: Node | None = None
-    base: Node | None = None
 
 
 def split(draft: Draft, node: Node | None, before: Node) -> Split:
@@ -45,20 +42,7 @@ def split(draft: Draft, node: Node | None, before: Node) -> Split:
     end = index + 1
     cut = draft.call(aten.slice.Tensor, found.base, dim, index, end, before=before, like=node)
     value = draft.call(aten.squeeze.dim, cut, dim, before=before, like=node)
-    return Split(value, stored, found.base)
-
-
-def common_rows(draft: Draft, splits: Sequence[Split], before: Node) -> Node | None:
-    """Return the repeated rows of the one tensor that all per-token modulations are cut from."""
-    bases = {one.base for one in splits if one.value is not None and is_per_token(one.value)}
-    base = bases.pop() if len(bases) == 1 else None
-    if base is None:
-        return None
-    known = (one for one in base.users if match.is_op(one, ops.repeated_rows.default))
-    found = next(known, None)
-    if found is not None:
-        return found
-    return draft.call(ops.repeated_rows.default, base, before=before, like=base)
+    return Split(value, stored)
 
 
 @dataclass(frozen=True)
@@ -80,7 +64,7 @@ def _cut(node: Node) -> _Cut | None:
         if given is None or not match.is_tensor(left):
             return None
         node, number = left, given
-    place = _place(node)
+    place = place_of(node)
     if place is None:
         return None
     whole, dim, index = place
@@ -96,7 +80,7 @@ def _cut(node: Node) -> _Cut | None:
     return None
 
 
-def _place(node: Node) -> tuple[Node, int, int] | None:
+def place_of(node: Node) -> tuple[Node, int, int] | None:
     """Return (x, dim, index) where `node` is one place of `x` along `dim`, without that dim."""
     if match.is_op(node, aten.select.int):
         whole, dim, index = match.args(node)

@@ -107,14 +107,16 @@ def expected(variant: str, block: str) -> dict[str, int]:
     """
     groups = [members for _, members in zoo.expected_table(variant) if is_under(members[0], block)]
     has_rows, is_last = "ti2v" in variant, block == f"blocks.{LAYERS - 1}"
+    norms = 3 if zoo.VARIANTS[variant].cross_norm else 2
     return {
         "merge_linears": sum(len(members) > 1 for members in groups),
         "fuse_gelu": 1,
         "fuse_linear_gelu": 0,  # no recipe here has static scales
         "fuse_rotary": 2,
         "fuse_linear_residual": 1 if has_rows else 3,
-        "fuse_norm": 3 if zoo.VARIANTS[variant].cross_norm else 2,
+        "fuse_norm": norms,
         "fuse_residual": int(has_rows and is_last),
+        "share_rows": norms + is_last if has_rows else 0,
     }
 
 

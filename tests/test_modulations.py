@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from fusing import assert_nearest, assert_neighbours, calls, errors, program
-from kit import counts, run_pass
+from kit import run_pass
 
 from wancompile.ir import match
 from wancompile.passes import FuseNorm
@@ -60,40 +60,13 @@ def needed(fn, dtype=torch.float32):
 
 def test_the_table_is_stored_as_offsets_and_its_sum_is_not_made():
     after = fused(all_three)
-    ((_, _, *six, rows, _, _, _),) = calls(after, "residual_norm_quantize")
+    ((_, _, *six, _, _, _, _),) = calls(after, "residual_norm_quantize")
     offsets = [after.state[one.target] for one in six[1::2]]
     for offset, row, one in zip(offsets, (2, 1, 0), (0, 1, 0), strict=True):
         torch.testing.assert_close(offset, TENSORS["table"][row] + one)
     assert "table" not in after.state
-    assert match.is_op(rows, torch.ops.wancompile.repeated_rows.default)
-    assert counts(after)["repeated_rows"] == 1
     assert_nearest(after, all_three, X, **needed(all_three))
     assert_neighbours(after, program(all_three, X, **needed(all_three)), X)
-
-
-def test_rows_that_repeat_are_read_from_one_place():
-    after = fused(lambda self, x: normed(x) * cut(self.table + embedded(self, x), 1))
-    ((*_, rows, _, _, _),) = calls(after, "norm_quantize")
-    base = rows.args[0]
-    assert match.shape(base)[2:] == (6, C)
-    op = torch.ops.wancompile.repeated_rows
-    half = X.shape[1] // 2
-    found = op(embedded(type("Self", (), TENSORS), X))
-    assert found[:, :half].eq(0).all()
-    assert found[0, half:].tolist() == list(range(half, X.shape[1]))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("fn", [all_three, selected])
-def test_reading_rows_from_one_place_changes_no_bit(fn, dtype):
-    x = X.to(dtype)
-    with_rows = fused(fn, x, dtype)
-    without = run_pass(program(fn, x, **needed(fn, dtype)), FuseNorm(distinct_rows=False))
-    assert "repeated_rows" in counts(with_rows)
-    assert "repeated_rows" not in counts(without)
-    for y in (x, x[:1, :11], torch.cat([x, x + 1])):
-        for ours, theirs in zip(with_rows(x=y), without(x=y), strict=True):
-            assert torch.equal(ours, theirs)
 
 
 def test_places_are_also_selected():
@@ -174,19 +147,4 @@ def test_other_modulations_are_read_as_they_are(fn):
     after = fused(fn)
     ((_, _, offset, *_),) = calls(after, "norm_quantize")
     assert offset is None
-    assert_nearest(after, fn, X, **needed(fn))
-
-
-def test_two_embeddings_have_no_rows_in_common():
-    """Where one repeats a row, the other need not."""
-
-    def fn(self, x):
-        one = self.table + embedded(self, x)
-        two = self.other + x.unsqueeze(2) * self.wider
-        return normed(x) * cut(one, 1) + cut(two, 0)
-
-    after = fused(fn)
-    ((_, _, scale, _, shift, rows, *_),) = calls(after, "norm_quantize")
-    assert None not in (scale, shift)
-    assert rows is None
     assert_nearest(after, fn, X, **needed(fn))

@@ -138,6 +138,7 @@ def compile(
     checkpoint: str | Path | None = None,
     progress: bool = False,
     dump: Path | None = None,
+    share_rows: bool = True,
 ) -> CompiledModel: ...
 
 
@@ -155,6 +156,7 @@ def compile(
     checkpoint: str | Path | None = None,
     progress: bool = False,
     dump: Path | None = None,
+    share_rows: bool = True,
 ) -> CompiledPipeline: ...
 
 
@@ -171,6 +173,7 @@ def compile(
     checkpoint: str | Path | None = None,
     progress: bool = False,
     dump: Path | None = None,
+    share_rows: bool = True,
 ) -> CompiledModel | CompiledPipeline:
     """Return `model` calibrated, smoothed, quantized, and compared with what it was.
 
@@ -212,6 +215,8 @@ def compile(
         progress: show progress bars.
         dump: a folder for the text of every level and the diff of every pass, and for a pipeline a
             folder in it for each expert.
+        share_rows: read rows of a modulation that repeat, as those of a timestep per token do, from
+            one place; False reads each where it is. No bit of the output depends on it.
 
     Returns:
         A drop-in for `model` with a `report`; of a pipeline the experts, with one, to be saved or
@@ -230,6 +235,7 @@ def compile(
         checkpoint=None if checkpoint is None else Path(checkpoint),
         progress=progress,
         dump=dump,
+        share_rows=share_rows,
     )
     if is_pipeline(model):
         return compile_pipeline(

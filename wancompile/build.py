@@ -46,6 +46,7 @@ class Options:
     progress: bool
     dump: Path | None
     expert: str = ""
+    share_rows: bool = True
 
     @property
     def gated(self) -> bool:
@@ -129,7 +130,8 @@ def build(model: torch.nn.Module, prepared: Prepared, options: Options) -> Compi
         model.to("meta")
         gc.collect()  # what came before `program` is tied in cycles, and shares its weights
     quantized = rounds.quantize(program, smoothed, consume=options.consume)
-    fused = pipeline.run(quantized, passes.FUSE, dump=options.dump, consume=True)
+    fusion = passes.fusion(share_rows=options.share_rows)
+    fused = pipeline.run(quantized, fusion, dump=options.dump, consume=True)
     gate = rounds.finish(fused)
     report = Report(
         rounds.recipe,
