@@ -19,15 +19,18 @@ wan = pytest.fixture(scope="module")(gating.wan)
 data = pytest.fixture(scope="module")(gating.data)
 traced = pytest.fixture(scope="module")(gating.traced)
 
+LABELS = ("cond", "uncond")
+
 
 class Observed:
     """Stands in for a calibration."""
 
     def __init__(self):
-        self.seen, self.passed_over = [], 0
+        self.seen, self.sums, self.passed_over = [], [], 0
 
     def observe(self, call, label):
         self.seen.append((int(call["timestep"][0]), label))
+        self.sums.append(float(call["hidden_states"].sum()))
         return "observed"
 
 
@@ -38,12 +41,11 @@ def numbered(call, number):
 def test_some_calls_are_kept_from_the_observer(wan, traced, data):
     observed = Observed()
     hold = HoldBack(observed, traced.program)
-    labels = ("cond", "uncond")
-    outputs = [hold(numbered(data[0], at), labels[at % 2]) for at in range(50)]
+    outputs = [hold(numbered(data[0], at), LABELS[at % 2]) for at in range(50)]
     held = [at for at, out in enumerate(outputs) if out != "observed"]
     assert held == [3, 12, 21, 30]  # with and without the prompt in turn
     assert [at for at, _ in observed.seen] == [at for at in range(50) if at not in held]
-    assert all(label == labels[at % 2] for at, label in observed.seen)
+    assert all(label == LABELS[at % 2] for at, label in observed.seen)
     assert observed.passed_over == hold.held == MOST
     evidence = hold.evidence()
     assert evidence.held_out
@@ -70,6 +72,31 @@ def test_calls_deeper_in_the_schedule_take_the_places_of_others(wan, data):
     assert max(a - b for a, b in itertools.pairwise(kept)) < 250, "they are spread"
     assert observed.passed_over + len(observed.seen) == 200
     assert observed.passed_over <= 13
+
+
+@pytest.mark.parametrize(
+    ("steps", "kept"), [(3, [3]), (4, [3, 7]), (6, [3, 10]), (8, [3, 12, 14]), (10, [3, 12, 18])]
+)
+def test_of_a_short_schedule_a_call_of_the_last_step_is_kept(wan, data, steps, kept):
+    """Two calls a step, one run: whatever is not kept is observed once, as it was."""
+    program, observed = wancompile.trace(wan, data[0]), Observed()
+    hold = HoldBack(observed, program)
+    noise = torch.Generator().manual_seed(7)
+    inputs = torch.randn(2 * steps, *data[0]["hidden_states"].shape, generator=noise)
+    expected = [(1000 - 90 * (at // 2), LABELS[at % 2]) for at in range(2 * steps)]
+    for (number, label), values in zip(expected, inputs, strict=True):
+        call = {**numbered(data[0], number), "hidden_states": values.clone()}
+        hold(call, label)
+        call["hidden_states"].zero_()  # as whoever made it may do afterwards
+    held = hold.evidence()
+    assert len(held.calls) == observed.passed_over == hold.held <= max(1, steps / 2)
+    for at, call, reference in zip(kept, held.calls, held.references, strict=True):
+        assert int(call["timestep"][0]) == expected[at][0]
+        assert torch.equal(call["hidden_states"], inputs[at])
+        assert relative_error(reference.output[0], float_output(wan, call)) < 1e-5
+    others = [at for at in range(2 * steps) if at not in kept]
+    assert sorted(observed.seen) == sorted(expected[at] for at in others)
+    assert sorted(observed.sums) == pytest.approx(sorted(float(inputs[at].sum()) for at in others))
 
 
 def test_a_kept_call_does_not_change_with_the_callers_tensors(traced, data):

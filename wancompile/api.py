@@ -178,9 +178,9 @@ def compile(
     """Return `model` calibrated, smoothed, quantized, and compared with what it was.
 
     Of `calib_data` every ninth call from the fourth on, four at most, is kept from calibration,
-    later ones in the place of others where they lie deeper in the schedule; on them the result is
-    compared with the original. Of fewer than four calls none can be spared: then
-    the first is compared, and without data the example. What is beyond its limit falls back to
+    later ones in the place of others where they lie deeper in the schedule, and of a short schedule
+    one of its last step; on them the result is compared with the original. Of fewer than four calls
+    none can be spared: then the first is compared, and without data the example. What is beyond its limit falls back to
     higher precision, as the report says.
 
     Of a pipeline every part that denoises, its experts, is compiled on the calls that reach it, and

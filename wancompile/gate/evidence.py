@@ -20,6 +20,11 @@ from wancompile.samples import Run
 # ones are kept where they lie deeper in the schedule, for the last steps err most.
 FIRST, DISTANCE, MOST = 3, 9, 4
 
+# A short schedule ends before many of these. From the eighth call on, so that three in four are
+# observed, one more is kept on loan: the deepest so far, which the observer gets once there is a
+# deeper one. That takes a forward more each time, so it ends where the distance suffices.
+LOAN_FIRST, LOAN_END = 7, 24
+
 
 @dataclass(frozen=True, eq=False)
 class Evidence:
@@ -50,11 +55,24 @@ class Evidence:
 _HOST = torch.device("cpu")
 
 
+@dataclass(frozen=True, eq=False)
+class _Kept:
+    """A call on the host, of kind `label`, and what the original did on it.
+
+    The observer gets it yet if it is on loan and a deeper one is kept.
+    """
+
+    call: dict[str, Any]
+    label: str
+    record: Record
+    is_on_loan: bool
+
+
 class HoldBack:
     """Passes calls on to an observer, but for a few: those run too, and are kept.
 
     `observe` takes the others, a `Resumable` of the calibration for one; `calibration` itself if
-    not given.
+    not given. It also takes what was kept on loan, later than it came by.
     """
 
     def __init__(
@@ -69,8 +87,7 @@ class HoldBack:
         self._original = original
         self._device = device
         self._seen = 0
-        self._calls: list[Mapping[str, Any]] = []
-        self._records: list[Record] = []
+        self._kept: list[_Kept] = []
 
     def __call__(self, call: dict[str, Any], label: str = "") -> Any:
         """Return what the model returns.
@@ -79,15 +96,19 @@ class HoldBack:
             CalibrationError: the call drives NaN or infinity through the model.
         """
         index, self._seen = self._seen, self._seen + 1
-        if not self._holds(index, call):
+        is_regular = index % DISTANCE == FIRST
+        may_be_held = is_regular or LOAN_FIRST <= index < LOAN_END
+        is_deepest = may_be_held and self._is_deepest(call)
+        if not is_deepest and not (is_regular and self.held < MOST):
             return self._observe(call, label)
         # Whoever made the call may write to its tensors afterwards.
         kept = on_device(call, _HOST, copy=True)
         output, record = take(self._original, call, device=self._device)
         self._check_finite(record, index)
+        if is_deepest:
+            self._give_back()
         self._calibration.passed_over += 1
-        self._calls.append(kept)
-        self._records.append(record)
+        self._kept.append(_Kept(kept, label, record, not is_regular))
         if self.held > MOST:
             self._let_go()
         return output
@@ -95,25 +116,32 @@ class HoldBack:
     @property
     def held(self) -> int:
         """How many calls were kept from the observer so far."""
-        return len(self._calls)
+        return len(self._kept)
 
     def evidence(self) -> Evidence:
         """Return what was held back."""
-        return Evidence(tuple(self._calls), tuple(self._records), held_out=True)
+        records = tuple(one.record for one in self._kept)
+        return Evidence(tuple(one.call for one in self._kept), records, held_out=True)
 
-    def _holds(self, index: int, call: Mapping[str, Any]) -> bool:
-        if index % DISTANCE != FIRST:
-            return False
-        if self.held < MOST:
-            return True
+    def _is_deepest(self, call: Mapping[str, Any]) -> bool:
+        """Whether a call lies deeper in the schedule than all that were kept, as far as known."""
         step, known = self._original.signature.timestep(call), self._steps
-        return step is not None and len(known) == MOST and step < min(known)
+        return step is not None and len(known) == self.held > 0 and step < min(known)
 
     @property
     def _steps(self) -> list[float]:
         """The timesteps of the calls that were kept, of those that have one."""
-        found = map(self._original.signature.timestep, self._calls)
+        found = (self._original.signature.timestep(one.call) for one in self._kept)
         return [step for step in found if step is not None]
+
+    def _give_back(self) -> None:
+        """Let the observer have the call that is on loan, if there is one."""
+        loan = next((one for one in self._kept if one.is_on_loan), None)
+        if loan is None:
+            return
+        self._kept.remove(loan)
+        self._calibration.passed_over -= 1
+        self._observe(on_device(loan.call, self._original.device), loan.label)
 
     def _let_go(self) -> None:
         """Drop the call between whose neighbours in the schedule the distance is least."""
@@ -121,7 +149,7 @@ class HoldBack:
         order = sorted(range(self.held), key=steps.__getitem__)
         inner = zip(order, order[1:], order[2:], strict=False)
         _, least, _ = min(inner, key=lambda three: steps[three[2]] - steps[three[0]])
-        del self._calls[least], self._records[least]
+        del self._kept[least]
 
     def _check_finite(self, record: Record, index: int) -> None:
         if not record.broken:
