@@ -1,4 +1,4 @@
-"""The results of `benchmarks.accuracy` as Markdown: a table for each subject, and the goals.
+"""The results of `benchmarks.accuracy` as Markdown: a table for each subject, budgets and goals.
 
 python -m benchmarks.accuracy_table benchmarks/results/accuracy-*.json
 """
@@ -23,6 +23,13 @@ _HEADERS = ("", "one step", "worst", "PSNR, dB", "worst", "SSIM", "worst", "temp
             "recognised")  # fmt: skip
 _FORMATS = {"one_step": "{:.2%}", "psnr": "{:.1f}", "ssim": "{:.4f}", "temporal": "{:.2%}"}
 _KINDS = {"plain": "as trained", "outliers": "with outlier channels"}
+BUDGETS = {"auto-0.5": 0.005, "auto-1": 0.01, "auto-2": 0.02}
+"""Columns by a budget, and the largest one-step error that each was asked for."""
+_ABOUT_BUDGETS = """\
+`Recipe.auto(max_error=...)` bounds the error of the worst call that was held back from
+calibration, of the videos that it was calibrated on. Here is the one-step error of the worst
+call of each of the other videos, over the budget: a budget is an estimate of what they will err
+by, and no bound on it."""
 
 
 def spread(name: str, values: Tensor) -> dict[str, Any]:
@@ -51,18 +58,44 @@ def _cells(figures: Found, column: Column) -> list[str]:
 
 def document(results: Sequence[Found]) -> str:
     """Return a table for each subject, and one of what was to be reached."""
-    return "\n\n".join([*map(_section, results), "### Goals", _goals(results)])
+    parts = [*map(_section, results), *_budgets(results), "### Goals", _goals(results)]
+    return "\n\n".join(parts)
+
+
+def subject(found: Found) -> str:
+    """Return the name of a subject in tables."""
+    return f"{found['checkpoint'].upper()}, {_KINDS[found['kind']]}"
 
 
 def _section(found: Found) -> str:
     videos, right = len(found["asked"]), found["original"]["recognised"]
-    title = f"### {found['checkpoint'].upper()}, {_KINDS[found['kind']]}"
+    title = f"### {subject(found)}"
     about = f"{videos} videos, of which the float32 original shows {right:.0%} as asked for."
     rows = [_cells(found["columns"][c.name], c) for c in COLUMNS if c.name in found["columns"]]
-    return "\n\n".join([title, about, _markdown(_HEADERS, rows)])
+    return "\n\n".join([title, about, markdown(_HEADERS, rows)])
 
 
-def _markdown(headers: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def _budgets(results: Sequence[Found]) -> list[str]:
+    rows = [row for found in results for row in _budgets_of(found)]
+    if not rows:
+        return []
+    headers = ("subject", "budget", "mean", "worst 5 %", "worst", "videos beyond the budget")
+    return ["### Budgets", _ABOUT_BUDGETS, markdown(headers, rows)]
+
+
+def _budgets_of(found: Found) -> Iterator[list[str]]:
+    for name, budget in BUDGETS.items():
+        worst = found["columns"].get(name, {}).get("worst_call")
+        if worst is None:
+            continue
+        over = [worst["mean"], worst["worst"], max(worst["each"])]
+        beyond = sum(error > budget for error in worst["each"])
+        ratios = [f"{error / budget:.2f}" for error in over]
+        yield [subject(found), f"{budget:.1%}", *ratios, f"{beyond} of {len(worst['each'])}"]
+
+
+def markdown(headers: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return a table in which every cell stands as it is."""
     return tabulate(list(rows), headers, tablefmt="github", disable_numparse=True)
 
 
@@ -72,12 +105,12 @@ def _goals(results: Sequence[Found]) -> str:
     if ahead:
         mean = sum(ahead) / len(ahead)
         rows.append(_goal("all", "int8 over ModelOpt's SmoothQuant, mean", mean, 1.0))
-    return _markdown(("subject", "mean PSNR", "dB", "at least", "met"), rows)
+    return markdown(("subject", "mean PSNR", "dB", "at least", "met"), rows)
 
 
 def _goals_of(found: Found) -> Iterator[list[str]]:
     where = f"{found['checkpoint']} {found['kind']}"
-    int8, attention = _psnr(found, "int8"), _psnr(found, "int8-attention")
+    int8, attention = mean_psnr(found, "int8"), mean_psnr(found, "int8-attention")
     if int8 is not None:
         yield _goal(where, "int8", int8, 45.0)
     if attention is not None:
@@ -105,11 +138,12 @@ def _over_smoothquant(found: Found) -> float | None:
 
 
 def _difference(found: Found, ours: str, peer: str) -> float | None:
-    one, other = _psnr(found, ours), _psnr(found, peer)
+    one, other = mean_psnr(found, ours), mean_psnr(found, peer)
     return None if one is None or other is None else one - other
 
 
-def _psnr(found: Found, column: str) -> float | None:
+def mean_psnr(found: Found, column: str) -> float | None:
+    """Return the mean PSNR of a column in dB, or None where it was not measured."""
     figures = found["columns"].get(column, {})
     return float(figures["psnr"]["mean"]) if "psnr" in figures else None
 

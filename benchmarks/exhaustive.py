@@ -92,8 +92,11 @@ def table(results: Sequence[Mapping[str, Any]], form: str = "simple") -> str:
         for column in ("search", "held_out"):
             ratios = [one[column] for one in group]
             cells += [f"{sum(ratios) / len(ratios):.3f}", f"{max(ratios):.3f}"]
+        seconds = [one["seconds"] for one in group]
+        cells += [f"{sum(seconds) / len(seconds):.2f}", f"{max(seconds):.2f}"]
         rows.append([*key, len(group), *cells])
-    headers = ["checkpoint", "kind", "type", "groups", "search", "worst", "held-out", "worst"]
+    headers = ["checkpoint", "kind", "type", "groups", "search", "worst", "held-out", "worst",
+               "s a group", "most"]  # fmt: skip
     return str(tabulate(rows, headers=headers, tablefmt=form, disable_numparse=True))
 
 

@@ -13,6 +13,7 @@ from diffusers import WanTransformer3DModel
 
 from benchmarks import (
     accuracy,
+    accuracy_limits,
     accuracy_table,
     attention_accuracy,
     planning,
@@ -264,6 +265,43 @@ def test_goals():
     assert verdicts == ["yes"] * 5 + ["**no**", "**no**", "yes", "**no**"]
     assert "| 1.5" in lines[4]
     assert "| 0.8" in lines[-1]
+
+
+def test_videos_beyond_a_budget_are_counted():
+    found = goals_of(int8=46.0)
+    worst = accuracy_table.spread("one_step", torch.tensor([0.004, 0.0055, 0.006, 0.0045]))
+    found["columns"]["auto-0.5"] = {"worst_call": worst}
+    _, about, rows = accuracy_table._budgets([found])
+    assert "no bound" in about
+    cells = [cell.strip() for cell in rows.splitlines()[2].split("|")]
+    assert cells[1:-1] == ["T2V, as trained", "0.5%", "1.00", "1.20", "1.20", "2 of 4"]
+    assert accuracy_table._budgets([goals_of(int8=46.0)]) == []
+
+
+def test_budgets_are_those_of_the_columns():
+    names = [column.name for column in COLUMNS if column.name.startswith("auto")]
+    assert names == list(accuracy_table.BUDGETS)
+    for name, budget in accuracy_table.BUDGETS.items():
+        assert name == f"auto-{100 * budget:g}"
+
+
+def test_what_is_added_to_a_ceiling():
+    # Two equal errors are 3.01 dB worse together.
+    assert accuracy_limits.added(45 - 3.0103, 45) == pytest.approx(45, abs=1e-3)
+    assert accuracy_limits.added(45.1, 45) is None
+
+
+def test_a_feature_is_judged_video_by_video():
+    columns = {
+        "int8": accuracy_table.spread("psnr", torch.tensor([40.0, 44.0, 30.0])),
+        "int8-nearest": accuracy_table.spread("psnr", torch.tensor([39.0, 41.0, 31.0])),
+    }
+    found = goals_of()
+    found["columns"] = {name: {"psnr": one} for name, one in columns.items()}
+    ((_, _, mean, worst, better),) = accuracy_limits._feature("int8: clipping and GPTQ", found)
+    assert (mean, worst, better) == ("+1.0 ± 1.2", "-1.0", "2 of 3")
+    assert list(accuracy_limits._feature("int8: smoothing", found)) == []
+    assert accuracy_limits.document([found]) == []
 
 
 def test_attention_accuracy(one_block, tmp_path, capsys):
