@@ -186,8 +186,8 @@ class CompiledModel(TakesLoras, PipelinePart):
     def _whole(self, *tensors: torch.Tensor) -> Any:
         if self._is_away:
             raise InputError(
-                "weights that only a new prompt needs are on the host, where an exported or compiled "
-                "program would not find them: call hoist() before torch.export or torch.compile"
+                "weights that only a new prompt needs are on the host, where a captured program "
+                "would not find them: call hoist() before torch.export or torch.compile"
             )
         return self.lowered(*tensors)
 

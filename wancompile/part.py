@@ -10,10 +10,22 @@ from typing import Any, NoReturn, cast
 import torch
 
 from wancompile.errors import PipelineError
+from wancompile.unhooked import NoBlocks, check_attribute, refuse
 
 
 class PipelinePart(torch.nn.Module):
-    """A module that can take the place of a transformer in a pipeline; it keeps its types."""
+    """A module that can take the place of a transformer in a pipeline; it keeps its types.
+
+    Its `blocks` are there to say that it has none.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = NoBlocks()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        check_attribute(self, name, value)
+        super().__setattr__(name, value)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -48,11 +60,13 @@ class PipelinePart(torch.nn.Module):
         yield
 
     def enable_cache(self, config: object) -> NoReturn:
-        """Raise `PipelineError`: diffusers' caches hook into blocks, which a graph has no more."""
-        raise PipelineError(
-            f"{type(config).__name__} cannot be used with a compiled model: such caches replace "
-            "the forward of blocks and attentions, and its graph has none; every step is computed"
-        )
+        """Raise `PipelineError`: diffusers' caches hook into blocks, which a graph has no more.
+
+        diffusers' functions that take a model and a config raise it, too, but for
+        `apply_pyramid_attention_broadcast`: it looks for attentions by their class, finds none, and
+        says nothing.
+        """
+        refuse(type(config).__name__)
 
     def load_lora_adapter(self, *args: object, **kwargs: object) -> NoReturn:
         """Raise `PipelineError`: diffusers puts LoRAs into modules, which a graph has no more."""
