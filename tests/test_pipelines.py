@@ -21,7 +21,7 @@ from wancompile import CompiledModel, CompiledPipeline, PipelineError
 from wancompile.errors import InputError
 from wancompile.experts.pipe import denoisers
 
-KINDS = ("t2v22", "ti2v", "i2v", "vace", "animate")
+KINDS = ("t2v22", "ti2v", "i2v", "i2v22", "ti2v_image", "vace", "animate")
 
 
 @cache
