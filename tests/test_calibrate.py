@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import pipes
+from functools import partial
+
 import pytest
 import torch
 import zoo
@@ -268,3 +271,15 @@ def test_each_expert_is_calibrated_on_its_own_timesteps():
     merged = first.merge(again)
     assert merged.timesteps == first.timesteps
     assert merged.calls_of("cond") == 2 * first.calls_of("cond") > 0
+
+
+def test_the_bar_of_compile_knows_the_time_left_when_told_the_calls(capsys):
+    model, call = zoo.make("t2v", 1)
+    wancompile.compile(
+        model, lambda: [model(**call) for _ in range(2)], limits=None, total=2, progress=True
+    )
+    assert "2/2" in capsys.readouterr().err
+    pipe = pipes.make("t2v")
+    runs = partial(pipe.transformer, **call)
+    wancompile.compile(pipe, lambda: [runs(), runs()], "fp8", limits=None, total=2, progress=True)
+    assert "2/2" in capsys.readouterr().err

@@ -136,6 +136,7 @@ def compile(
     device: torch.device | str | None = None,
     limits: Limits | None = DEFAULT,
     checkpoint: str | Path | None = None,
+    total: int | None = None,
     progress: bool = False,
     dump: Path | None = None,
     share_rows: bool = True,
@@ -154,6 +155,7 @@ def compile(
     device: torch.device | str | None = None,
     limits: Limits | None = DEFAULT,
     checkpoint: str | Path | None = None,
+    total: int | None = None,
     progress: bool = False,
     dump: Path | None = None,
     share_rows: bool = True,
@@ -171,6 +173,7 @@ def compile(
     device: torch.device | str | None = None,
     limits: Limits | None = DEFAULT,
     checkpoint: str | Path | None = None,
+    total: int | None = None,
     progress: bool = False,
     dump: Path | None = None,
     share_rows: bool = True,
@@ -180,8 +183,8 @@ def compile(
     Of `calib_data` every ninth call from the fourth on, four at most, is kept from calibration,
     later ones in the place of others where they lie deeper in the schedule, and of a short schedule
     one of its last step; on them the result is compared with the original. Of fewer than four calls
-    none can be spared: then the first is compared, and without data the example. What is beyond its limit falls back to
-    higher precision, as the report says.
+    none can be spared: then the first is compared, and without data the example. What is beyond its
+    limit falls back to higher precision, as the report says.
 
     Of a pipeline every part that denoises, its experts, is compiled on the calls that reach it, and
     put into its place when all have succeeded. One run of the data serves all experts, each call in
@@ -212,6 +215,8 @@ def compile(
         limits: what the result is held to; None compares nothing.
         checkpoint: a file for calibration to go on from, as for `calibrate`. Calls that are kept
             from calibration are not in it and run again, so one that `calibrate` made is refused.
+        total: the number of calls to expect, for the time left in the progress bar, as for
+            `calibrate`; runs of a pipeline on prompts estimate it themselves.
         progress: show progress bars.
         dump: a folder for the text of every level and the diff of every pass, and for a pipeline a
             folder in it for each expert.
@@ -233,6 +238,7 @@ def compile(
         device=device_of(device),
         limits=limits,
         checkpoint=None if checkpoint is None else Path(checkpoint),
+        total=total,
         progress=progress,
         dump=dump,
         share_rows=share_rows,

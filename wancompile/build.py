@@ -46,6 +46,7 @@ class Options:
     progress: bool
     dump: Path | None
     expert: str = ""
+    total: int | None = None
     share_rows: bool = True
 
     @property
@@ -77,7 +78,7 @@ def prepare(
     if stats is not None:
         raise InputError("give calib_data or stats, not both")
     started = begun(model, options, live=callable(calib_data))
-    run(started, model, calib_data, progress=options.progress)
+    run(started, model, calib_data, total=options.total, progress=options.progress)
     return started.prepared()
 
 

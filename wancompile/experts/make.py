@@ -116,7 +116,7 @@ def _heard(pipe: Pipeline, experts: Experts, play: Play, options: Options) -> di
         with of_expert(name):
             need_weights(model)
         started[name] = begun(model, _of(name, options), live=True)
-    listen(pipe, experts, started, play, total=None, progress=options.progress)
+    listen(pipe, experts, started, play, total=options.total, progress=options.progress)
     found = {}
     for name, one in started.items():
         with of_expert(name):
@@ -158,7 +158,7 @@ def _of(name: str, options: Options) -> Options:
     """Return the options of one expert: its name, files and dumps of its own."""
     dump = None if options.dump is None else options.dump / name
     checkpoint = _file(name, options.checkpoint)
-    return replace(options, checkpoint=checkpoint, dump=dump, expert=name)
+    return replace(options, checkpoint=checkpoint, dump=dump, total=None, expert=name)
 
 
 def _file(name: str, path: Path | None) -> Path | None:
