@@ -13,9 +13,11 @@ import torch
 import wancompile
 from wancompile import presets
 from wancompile.artifact import document
+from wancompile.cli import source
 from wancompile.compiled import CompiledModel
 from wancompile.errors import ArtifactError, InputError
 from wancompile.program import Program
+from wancompile.signature import parameters_of
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -108,7 +110,8 @@ def original_program(place: Path, made: Made) -> Program:
     preset = _preset(place, made)
     model = presets.build(preset, device="meta", dtype=made.dtype)
     call = presets.example_inputs(preset, device="meta", dtype=made.dtype)
-    return wancompile.trace(model, call)
+    in_one = source.in_one_piece(parameters_of(model.forward)[0])
+    return wancompile.trace(model, {**call, **in_one})
 
 
 def original_folder(folder: Path, part: str) -> Path:

@@ -93,7 +93,7 @@ def _check_usage(args: argparse.Namespace) -> None:
         args.parser.error("with --prompts the size is that of --frames, --height and --width")
     alone = next((name for name in play.OPTIONS if getattr(args, name) is not None), None)
     if args.prompts is None and alone is not None:
-        args.parser.error(f"--{alone} goes with --prompts")
+        args.parser.error(f"--{alone.replace('_', '-')} goes with --prompts")
 
 
 def _played(args: argparse.Namespace, model: CompiledModel) -> dict[str, list[play.Call]]:

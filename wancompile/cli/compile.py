@@ -22,6 +22,7 @@ from wancompile.gate.limits import DEFAULT, Limits
 from wancompile.html import write_html
 from wancompile.quant.stats import Stats
 from wancompile.recipe import Auto, Recipe
+from wancompile.signature import parameters_of
 from wancompile.start import device_of
 from wancompile.units import nbytes, percent, plural
 
@@ -31,7 +32,8 @@ Compile a diffusers model and write it to a folder, for wancompile.load.
 DIR is the folder of a whole pipeline, with model_index.json: then --prompts is
 a file of prompts, one a line, and the pipeline is run on each of them while
 its transformers are calibrated, up to the latents. Ten prompts or so, of the
-kind you will use, at the size you will use.
+kind you will use, at the size you will use. An image or videos that it needs
+besides are the same for all of them.
 
 DIR may also be the folder of one transformer. Then nothing is run: give the
 statistics of an earlier calibration with --stats, or else nothing is smoothed,
@@ -181,7 +183,8 @@ def _check_usage(args: argparse.Namespace, is_pipeline: bool) -> None:
     wrong, kind = (_OF_TRANSFORMERS, "pipeline") if is_pipeline else (_OF_PIPELINES, "transformer")
     for name in wrong:
         if getattr(args, name) is not None:
-            args.parser.error(f"--{name} does not go with the folder of a {kind}")
+            option = name.replace("_", "-")
+            args.parser.error(f"--{option} does not go with the folder of a {kind}")
     if is_pipeline and args.prompts is None:
         args.parser.error(
             f"a pipeline is calibrated on --prompts FILE; without any, compile the folder "
@@ -203,8 +206,9 @@ def _transformer(args: argparse.Namespace, options: Mapping[str, Any]) -> Compil
     preset = presets.from_folder(args.folder)
     size = calls.latents(args.size, preset.config["in_channels"]) if args.size else _SMALL
     torch.manual_seed(0)  # the same command compares on the same numbers
-    example = presets.example_inputs(preset, latent=size, device="cpu", dtype=dtype)
+    tensors = presets.example_inputs(preset, latent=size, device="cpu", dtype=dtype)
     model = presets.load(args.folder, dtype=dtype)
+    example = {**tensors, **source.in_one_piece(parameters_of(model.forward)[0])}
     return wancompile.compile(model, stats=stats, example_inputs=example, **options)
 
 

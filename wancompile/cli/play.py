@@ -18,7 +18,12 @@ from wancompile.experts.play import player
 from wancompile.gate.record import on_device
 from wancompile.signature import name_arguments, parameters_of
 
-OPTIONS = ("prompts", "image", "steps", "frames", "height", "width")
+_VIDEOS = {
+    "video": "what video to video starts from",
+    "pose_video": "the poses of Animate",
+    "face_video": "the faces of Animate",
+}
+OPTIONS = ("prompts", "image", *_VIDEOS, "steps", "frames", "height", "width")
 _STEPS = 8
 
 Call = dict[str, Any]
@@ -28,6 +33,14 @@ def add_arguments(group: target.Options) -> None:
     """Add the options that say what a pipeline is called with."""
     group.add_argument("--prompts", type=Path, metavar="FILE", help="prompts, one a line")
     group.add_argument("--image", type=Path, metavar="FILE", help="where videos begin")
+    for name, meaning in _VIDEOS.items():
+        group.add_argument(
+            f"--{name.replace('_', '-')}",
+            type=Path,
+            metavar="PATH",
+            help=f"{meaning}: a folder of frames in the order of their names, or an animation "
+            "(GIF, WebP, PNG)",
+        )
     group.add_argument(
         "--steps", type=target.positive, metavar="N", help=f"of each video (default: {_STEPS})"
     )
@@ -44,7 +57,7 @@ def given(args: argparse.Namespace) -> dict[str, Any]:
     """Return the arguments of the pipeline besides the prompt that the command line gives.
 
     Raises:
-        InputError: the image cannot be read.
+        InputError: the image or a video cannot be read.
     """
     found = {
         "num_inference_steps": args.steps or _STEPS,
@@ -52,8 +65,13 @@ def given(args: argparse.Namespace) -> dict[str, Any]:
         "height": args.height,
         "width": args.width,
         "image": None if args.image is None else source.read_image(args.image),
+        **{name: _video(getattr(args, name)) for name in _VIDEOS},
     }
     return {name: value for name, value in found.items() if value is not None}
+
+
+def _video(path: Path | None) -> list[Any] | None:
+    return None if path is None else source.read_video(path)
 
 
 def calls_of(pipe: Any, data: Iterable[Mapping[str, Any]], most: int) -> dict[str, list[Call]]:

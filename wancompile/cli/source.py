@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,11 @@ from wancompile.presets.folder import read_json
 from wancompile.presets.preset import FACTORIES
 
 INDEX = "model_index.json"
+
+# Animate encodes faces in pieces, which a graph does not: one piece must take those of a call.
+_ONE_PIECE = {"motion_encode_batch_size": 1024}
+# What others call the frames of a video is a segment to Animate, which makes one after the other.
+_FRAMES, _SEGMENT = "num_frames", "segment_frame_length"
 
 
 def is_pipeline_folder(folder: Path) -> bool:
@@ -88,6 +94,10 @@ def arguments(pipe: Any, prompts: Sequence[str], given: Mapping[str, Any]) -> li
     parameters = inspect.signature(pipe.__call__).parameters.values()
     known = [one.name for one in parameters]
     needed = [one.name for one in parameters if one.default is one.empty]
+    if "video" in known and _FRAMES not in known and _SEGMENT not in known:
+        needed.append("video")  # diffusers has None for it, and cannot go on with that
+    if _SEGMENT in known:
+        given = {_SEGMENT if name == _FRAMES else name: value for name, value in given.items()}
     kind = type(pipe).__name__
     unknown = next((name for name in given if name not in known), None)
     if unknown is not None:
@@ -95,7 +105,12 @@ def arguments(pipe: Any, prompts: Sequence[str], given: Mapping[str, Any]) -> li
     missing = next((name for name in needed if name not in ("prompt", *given)), None)
     if missing is not None:
         raise InputError(f"a {kind} needs {missing} besides prompts")
-    return [{"prompt": prompt, **given} for prompt in prompts]
+    return [{"prompt": prompt, **in_one_piece(known), **given} for prompt in prompts]
+
+
+def in_one_piece(known: Iterable[str]) -> dict[str, int]:
+    """Return what a pipeline or a model with these parameters must be told to be captured."""
+    return {name: _ONE_PIECE[name] for name in known if name in _ONE_PIECE}
 
 
 def not_run(pipe: Any, error: Exception) -> InputError:
@@ -114,6 +129,39 @@ def read_image(path: Path) -> Any:
         raise InputError(f"{path} is no picture that can be read") from error
     except OSError as error:
         raise InputError(f"the image {path} cannot be read: {error.strerror or error}") from error
+
+
+def read_video(path: Path) -> list[Any]:
+    """Return frames in RGB: of an animation, or the pictures of a folder in the order of names.
+
+    Numbers in names count as numbers: `9.png` comes before `10.png`.
+
+    Raises:
+        InputError: there are none, or something in the folder is no picture.
+    """
+    if not path.is_dir():
+        return _frames(path)
+    files = [one for one in path.iterdir() if one.is_file() and not one.name.startswith(".")]
+    if not files:
+        raise InputError(f"the folder {path} holds no frames")
+    return [read_image(one) for one in sorted(files, key=_natural)]
+
+
+def _frames(path: Path) -> list[Any]:
+    from PIL import Image, ImageSequence, UnidentifiedImageError
+
+    try:
+        with Image.open(path) as image:
+            return [frame.convert("RGB") for frame in ImageSequence.Iterator(image)]
+    except UnidentifiedImageError as error:
+        raise InputError(f"{path} is no animation that can be read, nor a folder") from error
+    except OSError as error:
+        raise InputError(f"the video {path} cannot be read: {error.strerror or error}") from error
+
+
+def _natural(path: Path) -> list[str | int]:
+    """Return text and numbers in turn, so that like meets like where names are compared."""
+    return [int(one) if one.isdecimal() else one for one in re.split(r"(\d+)", path.name)]
 
 
 def _class(folder: Path, index: Mapping[str, Any]) -> Any:
