@@ -152,6 +152,9 @@ def test_a_check_can_be_repeated(int8):
     assert again.outputs == first.outputs
     assert (again.calls, again.held_out, again.limits) == (1, True, first.limits)
     assert 0 < len(again.sites) < len(first.sites)  # some have merged
+    for one, other in zip(again.blocks, first.blocks, strict=True):
+        assert one.site == other.site
+        assert one.relative == pytest.approx(other.relative, rel=0.2)
     strict = int8.check(limits=Limits(output=0))
     assert not strict.passed
     assert "beyond its limit: output of call 0" in str(strict)
@@ -175,6 +178,8 @@ def test_a_check_against_a_program_tells_sites(traced, int8):
     check = int8.check(calls(1, first=80), reference=traced.program)
     places = {one.site for one in check.sites}
     assert "blocks.1.attn2.to_q" in places
+    assert [one.site for one in check.blocks] == ["blocks.0", "blocks.1"]
+    assert all(0.001 < one.relative < 0.1 for one in check.blocks)
     # What smoothing scales is another value in this program.
     scaled = {f"blocks.{block}.attn1.to_v" for block in (0, 1)}
     applied = {g.key.path for g in int8.report.groups if g.smoothing.applied}

@@ -17,9 +17,10 @@ from wancompile.gate import record
 from wancompile.gate.check import check_records, inverses_of
 from wancompile.gate.compare import error_of
 from wancompile.gate.record import take, tokens_of
+from wancompile.ir import match
 from wancompile.ir.blocks import block_outputs, blocks
 from wancompile.ir.site import Site
-from wancompile.recipe import resolve
+from wancompile.recipe import QSpec, Recipe, Rule, resolve
 from wancompile.stream import Stream
 
 
@@ -189,6 +190,36 @@ def test_fused_programs_lack_the_operands_and_count_what_is_clipped(wan):
     sites = {one.site for one in program.attentions if one.is_self}
     assert found.own == {}
     assert unfused.own.keys() == unfused.clipped.keys() == found.clipped.keys() == sites
+
+
+@pytest.mark.parametrize(
+    ("rule", "ends"),
+    [
+        (None, ["scaled_linear_residual"] * 2),
+        (Rule("blocks.*.ffn.*", None), ["getitem", "add_gated"]),
+    ],
+)
+def test_fused_programs_tell_the_sum_that_a_block_ends_in(wan, rule, ends):
+    """Where the last linear is in float, the next block's op makes the sum, and yields it, too."""
+    model, call, program, stats = wan
+    recipe = Recipe("mine", QSpec("int8"), () if rule is None else (rule,))
+    fused = pipeline.run(climbed(program, recipe, stats)[1], passes.FUSE)
+    found = [match.target_name(node) for node in block_outputs(fused.graph)]
+    assert all(end in name for end, name in zip(ends, found, strict=True))
+    taken = take(fused, call, fused=True)[1].blocks
+    exact = outputs_of(model, ["blocks.0", "blocks.1"], call)
+    assert taken.keys() == exact.keys()
+    for path, sample in taken.items():
+        error = error_of(path, [(sample, tokens_of(exact[path]))])
+        assert 1e-3 < error.relative < 0.02
+
+
+def test_what_else_a_block_ends_in_is_not_told_of_fused_programs():
+    """A wrong value would look like an error of the whole."""
+    model, call = zoo.make("vace", 1)
+    program = wancompile.trace(model, call)
+    assert take(program, call)[1].blocks.keys() == {"vace_blocks.0"}  # it ends in a projection
+    assert take(program, call, fused=True)[1].blocks == {}
 
 
 @pytest.mark.parametrize("dtype", ["int8", "fp8"])

@@ -205,8 +205,11 @@ class CompiledModel(TakesLoras, PipelinePart):
                 is the calls kept from compiling, with what the original did on them; a loaded
                 model has none.
             reference: the original for `inputs`: a module, of which only the output is compared,
-                or a program of it from `trace`, with every site that this program still has.
-                Without one, only NaN, infinity, clipping and errors of their own are looked at.
+                for nothing says which of its values are those of this program; or a program of it
+                from `trace`, with every site and block that this program still has. Fewer are left
+                than were measured while compiling, before ops were fused: projections of one value
+                are merged, and a block is told where it ends in a sum. Without a reference, only
+                NaN, infinity, clipping and errors of their own are looked at.
             limits: what the figures are held to; those that the model was compiled within if not
                 given. Nothing is raised where they are not kept.
 

@@ -40,7 +40,7 @@ def check_again(
     else:
         calls = _named(program, inputs)
         evidence = _evidence(calls, reference)
-    records = [take(program, call, blocks=False)[1] for call in calls]
+    records = [take(program, call, fused=True)[1] for call in calls]
     references = None if evidence is None else evidence.references
     held_out = evidence is not None and evidence.held_out
     return check_records(program, records, references, held_out=held_out, limits=limits)

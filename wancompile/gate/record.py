@@ -58,6 +58,7 @@ def take(
     sites: Iterable[Site] | None = None,
     *,
     blocks: bool = True,
+    fused: bool = False,
     device: torch.device | None = None,
 ) -> tuple[Any, Record]:
     """Run `program` on `call`; return what it returns, and the record of it.
@@ -66,12 +67,18 @@ def take(
         program: at any level, with weights.
         call: named arguments of forward; tensors may be anywhere.
         sites: of which samples are kept; all if not given.
-        blocks: whether what leaves each block is sampled. In fused programs no value is just that.
+        blocks: whether what leaves each block is sampled.
+        fused: whether an op may stand for several of the model. What leaves a block is then told
+            only where that is a sum: fused ops yield sums that have other readers, too, as values
+            of the block, but what else a block ended in may be inside of an op of the next one.
         device: where to run; weights that are elsewhere come and go, see `stream`.
     """
     wanted = None if sites is None else frozenset(sites)
     run = place(program, device)
-    recorder = _Recorder(run.walked, blocks, wanted)
+    leaving = block_outputs(run.walked) if blocks else {}
+    if fused:
+        leaving = {node: path for node, path in leaving.items() if _is_sum(node)}
+    recorder = _Recorder(run.walked, leaving, wanted)
     output = run.watched(recorder, **on_device(call, device or program.device))
     leaves = tuple(leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor))
     for leaf in leaves:
@@ -116,7 +123,7 @@ class _Recorder:
     """Looks at every op of a run and keeps what a record wants."""
 
     graph: Graph
-    has_blocks: bool
+    leaving: Mapping[Node, str]
     wanted: frozenset[Site] | None
     sites: dict[Site, Tensor] = field(default_factory=dict)
     blocks: dict[str, Tensor] = field(default_factory=dict)
@@ -125,7 +132,6 @@ class _Recorder:
     own: dict[Site, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self._leaving = block_outputs(self.graph) if self.has_blocks else {}
         attentions = [node for node in self.graph.nodes if _is_8bit_attention(node)]
         self._attentions = frozenset(attentions)
         self._static = frozenset(node for node in self.graph.nodes if _has_static_input(node))
@@ -144,8 +150,8 @@ class _Recorder:
         site = match.site(node)
         if site is not None and (self.wanted is None or site in self.wanted):
             self.sites[site] = self._looked_at(str(site), _laid_out(node, result))
-        if node in self._leaving:
-            path = self._leaving[node]
+        if node in self.leaving:
+            path = self.leaving[node]
             self.blocks[path] = self._looked_at(path, result)
         if node in self._static and site is not None:
             self.clipped[site] = _share_clipped(operands[0])
@@ -165,6 +171,13 @@ class _Recorder:
             return
         parts = torch.split(x.flatten(0, -2), _ROWS_AT_ONCE) if x.dim() > 1 else [x]
         self.broken[name] = sum(int((~torch.isfinite(part)).sum()) for part in parts)
+
+
+def _is_sum(node: Node) -> bool:
+    """Whether `node` is a sum, or the one among what a fused op or a kernel for it yields."""
+    if node.target is operator.getitem:
+        return "residual" in match.target_name(match.args(node)[0]) and match.args(node)[1] == 0
+    return any(word in match.target_name(node) for word in ("add", "residual"))
 
 
 def _laid_out(node: Node, result: Tensor) -> Tensor:
