@@ -12,6 +12,7 @@ linears.
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -59,6 +60,9 @@ ONE_FACTOR: Mapping[str, Choice] = {
     "QK int8, both per token": replace(_ONE, q_scale="token", k_scale="token"),
     "QK int8, Hadamard": _TURNED,
     "QK int8, Hadamard, q per token": replace(_TURNED, q_scale="token"),
+    "QK int8, Hadamard, q per token, K less its middle": replace(
+        _TURNED, q_scale="token", k_centre="middle"
+    ),
     "QK int8, Hadamard, q per token, k per block": replace(
         _TURNED, q_scale="token", k_scale="block"
     ),
@@ -96,6 +100,7 @@ _FINE_QK = replace(_TURNED, k_centre="middle", q_scale="token", k_scale="block")
 _FINE = replace(_FINE_QK, p="uint8-dither", p_block=64, v="int8", v_scale="channel")
 WHOLE: Mapping[str, Choice] = {
     **{f"recipe {name}": choice for name, choice in RECIPES_AS_CHOICES.items()},
+    "recipe int8, K not centred": replace(RECIPES_AS_CHOICES["int8"], k_centre="none"),
     "int8 QK, fp8 PV": _PLAIN,
     "int8 QK, fp8 PV, but QK exact": replace(_PLAIN, qk="exact"),
     "int8 QK, fp8 PV, but P exact": replace(_PLAIN, p="exact"),
@@ -117,6 +122,9 @@ WHOLE: Mapping[str, Choice] = {
     "fine int8 QK, int8 PV, P int8": replace(_FINE, p="int8-dither"),
 }
 CELLS = {**WHOLE, **ONE_FACTOR}
+_NAME = "attention_accuracy"
+# The options by which the figures of cells can be compared.
+_COMPARED = ("videos", "steps", "every", "calibration_videos")
 
 
 def measure(name: str, options: argparse.Namespace, budget: record.Budget) -> dict[str, Any]:
@@ -152,6 +160,34 @@ def measure(name: str, options: argparse.Namespace, budget: record.Budget) -> di
         found["cells"][label] = cell
         print(name, label, cell, flush=True)
     return found
+
+
+def kept(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Return what `options.out` has, by checkpoint.
+
+    Raises:
+        ValueError: it was measured with other settings.
+    """
+    data = json.loads((options.out / f"{_NAME}.json").read_text(encoding="utf-8"))
+    now = record.settings(options)
+    other = [key for key in _COMPARED if data["settings"][key] != now[key]]
+    if other:
+        raise ValueError(f"what is to be kept was measured with other settings: {', '.join(other)}")
+    results: list[dict[str, Any]] = data["results"]
+    return results
+
+
+def merged(
+    old: Sequence[Mapping[str, Any]], new: Sequence[Mapping[str, Any]]
+) -> list[dict[str, Any]]:
+    """Return the cells of both by checkpoint; a cell of `new` stands for that of `old`."""
+    found: dict[str, dict[str, Any]] = {}
+    for one in (*old, *new):
+        name = one["checkpoint"]
+        cells = {**found.get(name, {}).get("cells", {}), **one["cells"]}
+        left_out = [label for label in one["left_out"] if label not in cells]
+        found[name] = {"checkpoint": name, "cells": cells, "left_out": left_out}
+    return list(found.values())
 
 
 def _int8(
@@ -208,16 +244,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--calibration-videos", type=int, default=4)
     parser.add_argument("--no-sample", dest="sample", action="store_false", help="no PSNR")
     parser.add_argument("--cells", nargs="+", default=list(CELLS), choices=CELLS, metavar="CELL")
+    parser.add_argument(
+        "--keep", action="store_true", help="keep what --out has of cells not measured now"
+    )
     parser.add_argument("--budget", type=float, default=float("inf"), help="seconds for all")
     parser.add_argument("--out", type=Path, default=record.RESULTS)
     options = parser.parse_args(argv)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     budget = record.Budget(options.budget)
-    results = []
+    results = kept(options) if options.keep else []
     for name in options.names:
-        results.append(measure(name, options, budget))
-        settings = record.settings(options)
-        print(record.write(options.out, "attention_accuracy", settings, results))
+        results = merged(results, [measure(name, options, budget)])
+        print(record.write(options.out, _NAME, record.settings(options), results))
     print(*map(table, results), sep="\n\n")
 
 
