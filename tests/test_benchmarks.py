@@ -13,6 +13,8 @@ from diffusers import WanTransformer3DModel
 
 from benchmarks import (
     accuracy,
+    accuracy_attention,
+    accuracy_gate,
     accuracy_limits,
     accuracy_table,
     attention_accuracy,
@@ -318,6 +320,57 @@ def test_attention_accuracy(one_block, tmp_path, capsys):
     assert len(rounded["psnr"]) == 1
     assert 50 < rounded["psnr"][0] < 90
     assert "int8 QK, fp8 PV" in capsys.readouterr().out
+
+
+def test_cells_of_an_earlier_run_stay():
+    def found(name, left_out=(), **cells):
+        return {"checkpoint": name, "cells": cells, "left_out": list(left_out)}
+
+    old = [found("t2v", ["b", "c"], a=1), found("i2v", a=2)]
+    new = [found("t2v", ["c"], a=3, b=4)]
+    assert attention_accuracy.merged(old, new) == [
+        found("t2v", ["c"], a=3, b=4),
+        found("i2v", a=2),
+    ]
+    assert attention_accuracy.merged(new, old)[0]["left_out"] == ["c"]
+
+
+def test_cells_of_other_settings_are_not_kept(tmp_path):
+    options = argparse.Namespace(
+        videos=2, steps=8, every=5, calibration_videos=2, out=tmp_path, keep=True
+    )
+    record.write(tmp_path, "attention_accuracy", record.settings(options), [])
+    assert attention_accuracy.kept(options) == []
+    options.every = 3
+    with pytest.raises(ValueError, match="other settings: every"):
+        attention_accuracy.kept(options)
+
+
+def test_what_a_choice_of_attention_buys():
+    pairs = accuracy_attention.CHOICES.values()
+    assert {label for pair in pairs for label in pair} <= set(attention_accuracy.CELLS)
+    cells = {
+        "QK int8, scales per head": {"float": 0.004},
+        "QK int8, K less its middle": {"float": 0.003},
+    }
+    text = accuracy_attention.document([{"checkpoint": "t2v", "cells": cells}])
+    (row,) = text.splitlines()[2:]
+    assert [cell.strip() for cell in row.split("|")[1:-1]] == [
+        "keys less their middle", "0.400%", "0.300%", "-25%",
+    ]  # fmt: skip
+
+
+def test_the_gates_figures_of_recipes(small, tmp_path, capsys):
+    options = ["t2v", "--videos", "2", "--steps", "2", "--kinds", "outliers"]
+    recipes = ["--recipes", "int8-attention", "not smoothed"]
+    accuracy_gate.main([*options, *recipes, "--out", str(tmp_path)])
+    ((found,), settings) = (results(tmp_path, "gate")[key] for key in ("results", "settings"))
+    healthy, broken = found["recipes"].values()
+    assert settings["kinds"] == ["outliers"]
+    for kind in ("own", "site", "block", "output"):
+        assert 0 < 5 * healthy[kind] < broken[kind]
+    assert healthy["clipped"] < 0.1
+    assert "not smoothed" in capsys.readouterr().out
 
 
 def test_a_budget_that_is_spent(monkeypatch):
