@@ -22,6 +22,7 @@ from benchmarks import (
     h100_figures,
     h100_table,
     lora,
+    lora_accuracy,
     record,
 )
 from benchmarks.h100_plan import ROWS
@@ -64,9 +65,14 @@ _ARTIFACT = """\
 full size. Times of a second process, which imports everything first; the files lie in the host's
 memory."""
 _LORA = """\
-`python -m benchmarks.lora`, {gpu}: {title}, a LoRA on every linear of every block, random weights;
-the time of a layer over that without, taking turns in one run. The first load lowers the program of
-three layers anew, the next one into the same room only copies."""
+`python -m benchmarks.lora --ranks {ranks}`, {gpu}: {title}, a LoRA on every linear of every block,
+random weights; the time of a layer over that without, taking turns in one run. The first load
+lowers the program of three layers anew, the next one into the same room only copies."""
+_LORA_ERRORS = """\
+`python -m benchmarks.lora_accuracy`: errors of one call of the trained checkpoint with outlier
+channels from the float32 model with the same random LoRA, a tenth of each weight, over the error of
+the compiled model without any; mean and worst of {draws} draws. Merging rounds weights to nearest,
+while those without a LoRA were rounded by GPTQ where that paid: that is what a branch keeps."""
 _MEANING = {
     "plain_forward_s": "a forward of the model as it is, s",
     "observed_forward_s": "an observed one, weights coming and going, s",
@@ -86,6 +92,7 @@ _MEANING = {
     "weights_gib": "weights on the device, GiB",
     "peak_gib": "peak of a call, GiB",
     "two_experts_peak_gib": "peak of a call with two such models there, GiB",
+    "two_experts_over_bf16": "that over the weights of two in bf16",
 }
 
 
@@ -157,17 +164,29 @@ def _artifact(folder: Path) -> list[str]:
     if not path.exists():
         return []
     found = _read(path)
-    return ["## Saved models", _about(_ARTIFACT, found), _facts(found["results"])]
+    facts = dict(found["results"])
+    facts["two_experts_over_bf16"] = facts["two_experts_peak_gib"] / (2 * facts["bf16_gib"])
+    return ["## Saved models", _about(_ARTIFACT, found), _facts(facts)]
 
 
 def _loras(folder: Path) -> list[str]:
+    parts = []
     path = folder / "lora.json"
-    if not path.exists():
-        return []
-    found = _read(path)
-    title = ROWS[found["settings"]["row"]].title
-    how = _LORA.format(gpu=found["measured_on"]["gpu"], title=title)
-    return ["## LoRAs", how, lora.table(found["results"], "github")]
+    if path.exists():
+        found = _read(path)
+        settings = found["settings"]
+        how = _LORA.format(
+            gpu=found["measured_on"]["gpu"],
+            title=ROWS[settings["row"]].title,
+            ranks=" ".join(map(str, settings["ranks"])),
+        )
+        parts += [how, lora.table(found["results"], "github")]
+    path = folder / "lora_accuracy.json"
+    if path.exists():
+        found = _read(path)
+        how = _LORA_ERRORS.format(**found["settings"])
+        parts += [how, lora_accuracy.table(found["results"], "github")]
+    return ["## LoRAs", *parts] if parts else []
 
 
 def _about(text: str, found: dict[str, Any]) -> str:

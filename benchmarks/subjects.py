@@ -32,16 +32,21 @@ _CALLS = 2
 
 def options(description: str | None, argv: Sequence[str] | None) -> argparse.Namespace:
     """Return which checkpoints are asked for, and how many videos calibrate and judge them."""
-    parser = argparse.ArgumentParser(
+    return parser(description).parse_args(argv)
+
+
+def parser(description: str | None) -> argparse.ArgumentParser:
+    """Return the parser of `options`, for a benchmark that has more of them."""
+    found = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("names", nargs="*", default=NAMES, metavar="t2v|i2v")
-    parser.add_argument("--videos", type=int, default=4, help="to calibrate on")
-    parser.add_argument("--steps", type=int, default=8)
-    parser.add_argument("--held-out-videos", type=int, default=2)
-    parser.add_argument("--held-out-steps", type=int, default=4)
-    parser.add_argument("--out", type=Path, default=record.RESULTS)
-    return parser.parse_args(argv)
+    found.add_argument("names", nargs="*", default=NAMES, metavar="t2v|i2v")
+    found.add_argument("--videos", type=int, default=4, help="to calibrate on")
+    found.add_argument("--steps", type=int, default=8)
+    found.add_argument("--held-out-videos", type=int, default=2)
+    found.add_argument("--held-out-steps", type=int, default=4)
+    found.add_argument("--out", type=Path, default=record.RESULTS)
+    return found
 
 
 def load(name: str) -> Any:

@@ -18,6 +18,7 @@ from benchmarks import (
     accuracy_limits,
     accuracy_table,
     attention_accuracy,
+    lora_accuracy,
     planning,
     record,
     sensitivity,
@@ -404,3 +405,17 @@ def test_the_worst_are_a_twentieth():
 def test_what_is_no_number_is_not_written(tmp_path):
     with pytest.raises(ValueError, match="JSON"):
         record.write(tmp_path, "broken", {}, float("nan"))
+
+
+def test_lora_accuracy(small, tmp_path, capsys):
+    options = ["--videos", "1", "--steps", "6", "--held-out-videos", "1", "--held-out-steps", "2"]
+    given = ["t2v", *options, "--recipes", "int8", "--ranks", "4", "--draws", "2"]
+    lora_accuracy.main([*given, "--out", str(tmp_path)])
+    found = results(tmp_path, "lora_accuracy")["results"]
+    assert [one["way"] for one in found] == list(lora_accuracy.WAYS)
+    assert all(0.3 < ratio < 3 for one in found for ratio in one["ratios"])
+    text = capsys.readouterr().out
+    assert all(way in text for way in lora_accuracy.WAYS.values())
+    # Rounded twice it errs more than rounded once, whatever the LoRA.
+    once, twice = (one["ratios"] for one in found[1:])
+    assert all(a < b for a, b in zip(once, twice, strict=True))
