@@ -242,11 +242,10 @@ print(hashlib.sha256(video.numpy().tobytes()).hexdigest())
 """
 
 
-@pytest.mark.parametrize("recipe", ["int8-attention", "fp8"])
-def test_a_trained_model_makes_the_same_video_in_another_process(recipe, tmp_path):
+def test_a_trained_model_makes_the_same_video_in_another_process(tmp_path):
     asked = Request((prompt(7),), steps=2)
     original = checkpoints.load("t2v")
-    model = wancompile.compile(original, sampler_calls(original, [asked])[:1], recipe)
+    model = wancompile.compile(original, sampler_calls(original, [asked])[:1], "int8-attention")
     model.save(tmp_path / "model")
     done = subprocess.run(
         [sys.executable, "-c", OTHER_PROCESS, str(tmp_path / "model")],
