@@ -3,8 +3,8 @@
     python -m benchmarks.lora_accuracy [t2v i2v] [--recipes int8 fp8] [--ranks 4 32] [--draws 4]
 
 The checkpoint has outlier channels. LoRAs are random, a tenth of each weight of its blocks. Errors
-are relative L2 distances of one call on held-out videos from the float32 model with the same LoRA
-merged into it in float64, over that of the compiled model without any LoRA from the float32 model.
+are relative L2 distances, over all calls of held-out videos, from the float32 model with the same
+LoRA merged into it in float64, over that of the compiled model without any from the float32 model.
 """
 
 from __future__ import annotations
