@@ -72,7 +72,8 @@ _LORA_ERRORS = """\
 `python -m benchmarks.lora_accuracy`: errors of the trained checkpoint with outlier channels, over
 all calls of held-out videos, from the float32 model with the same random LoRA, a tenth of each
 weight, over the error of the compiled model without any; mean and worst of {draws} draws. Merging
-rounds weights to nearest, while those without a LoRA were rounded by GPTQ where that paid: that is what a branch keeps."""
+rounds weights to nearest, while those without a LoRA were rounded by GPTQ where that paid: that is
+what a branch keeps."""
 _MEANING = {
     "plain_forward_s": "a forward of the model as it is, s",
     "observed_forward_s": "an observed one, weights coming and going, s",
