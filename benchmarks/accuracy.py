@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import math
 import multiprocessing
 import time
@@ -160,12 +159,7 @@ def kept(name: str, kind: str, options: argparse.Namespace) -> dict[str, Any]:
     Raises:
         ValueError: it was measured with other settings.
     """
-    data = json.loads((options.out / f"{part_name(name, kind)}.json").read_text(encoding="utf-8"))
-    now = record.settings(options)
-    other = [key for key in _COMPARED if data["settings"][key] != now[key]]
-    if other:
-        raise ValueError(f"what is to be kept was measured with other settings: {', '.join(other)}")
-    columns: dict[str, Any] = data["results"]["columns"]
+    columns = record.kept(options, part_name(name, kind), _COMPARED)["columns"]
     return {key: one for key, one in columns.items() if key not in options.columns}
 
 

@@ -12,7 +12,6 @@ linears.
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -168,12 +167,7 @@ def kept(options: argparse.Namespace) -> list[dict[str, Any]]:
     Raises:
         ValueError: it was measured with other settings.
     """
-    data = json.loads((options.out / f"{_NAME}.json").read_text(encoding="utf-8"))
-    now = record.settings(options)
-    other = [key for key in _COMPARED if data["settings"][key] != now[key]]
-    if other:
-        raise ValueError(f"what is to be kept was measured with other settings: {', '.join(other)}")
-    results: list[dict[str, Any]] = data["results"]
+    results: list[dict[str, Any]] = record.kept(options, _NAME, _COMPARED)
     return results
 
 

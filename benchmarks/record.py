@@ -7,7 +7,7 @@ import json
 import os
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,6 +31,20 @@ def settings(options: argparse.Namespace) -> dict[str, Any]:
     """Return the options of a benchmark that its results depend on."""
     given = {name: value for name, value in vars(options).items() if name != "out"}
     return {name: _plain(value) for name, value in given.items()}
+
+
+def kept(options: argparse.Namespace, name: str, compared: Iterable[str]) -> Any:
+    """Return the results of `name` in `options.out`, for a run that keeps a part of them.
+
+    Raises:
+        ValueError: they were measured with other settings, among those to be compared.
+    """
+    data = json.loads((options.out / f"{name}.json").read_text(encoding="utf-8"))
+    now = settings(options)
+    other = [key for key in compared if data["settings"][key] != now[key]]
+    if other:
+        raise ValueError(f"what is to be kept was measured with other settings: {', '.join(other)}")
+    return data["results"]
 
 
 def _plain(value: Any) -> Any:

@@ -11,13 +11,12 @@ import loras
 import pytest
 import torch
 import zoo
-from torch import Tensor, nn
+from exporting import call, compiled_apart, output
+from torch import nn
 
 import wancompile
 from wancompile.compiled import CompiledModel
 from wancompile.errors import InputError
-
-SIZES = [(2, (5, 8, 12)), (3, (3, 12, 8))]
 
 RUN = """
 import sys
@@ -39,20 +38,7 @@ def wan() -> nn.Module:
 
 @pytest.fixture(scope="module")
 def compiled(wan) -> CompiledModel:
-    """With what depends on the prompt apart, as ever."""
-    found = wancompile.compile(wan, recipe="fp8", example_inputs=call(0), limits=None)
-    assert found._loop is not None
-    return found
-
-
-def call(at: int) -> dict[str, Tensor]:
-    batch, latent = SIZES[at]
-    return zoo.make("t2v", 1, batch=batch, latent=latent, seed=batch)[1]
-
-
-def output(model: nn.Module, kwargs: dict[str, Tensor]) -> Tensor:
-    with torch.no_grad():
-        return model(**kwargs, return_dict=False)[0]
+    return compiled_apart(wan)
 
 
 def test_it_takes_what_the_original_takes(wan, compiled):
