@@ -128,28 +128,25 @@ def _quality(folder: Path) -> list[str]:
 
 
 def _attention(folder: Path) -> list[str]:
-    path = folder / "attention_accuracy.json"
-    if not path.exists():
+    found = _results(folder, "attention_accuracy")
+    if found is None:
         return []
-    found = _read(path)
     about = _ATTENTION.format(**found["settings"])
     return ["### Self-attention in 8 bits", about, accuracy_attention.document(found["results"])]
 
 
 def _search(folder: Path) -> list[str]:
-    path = folder / "exhaustive.json"
-    if not path.exists():
+    found = _results(folder, "exhaustive")
+    if found is None:
         return []
-    found = _read(path)
     table = exhaustive.table(found["results"], "github")
     return ["## Search for smooth scales", _about(_SEARCH, found), table]
 
 
 def _calibration(folder: Path) -> list[str]:
-    path = folder / "calibration.json"
-    if not path.exists():
+    found = _results(folder, "calibration")
+    if found is None:
         return []
-    found = _read(path)
     steps = [
         (one["step"], one["seconds"], one["device_gib"], one["host_gib"])
         for one in found["results"]["steps"]
@@ -161,10 +158,9 @@ def _calibration(folder: Path) -> list[str]:
 
 
 def _artifact(folder: Path) -> list[str]:
-    path = folder / "artifact.json"
-    if not path.exists():
+    found = _results(folder, "artifact")
+    if found is None:
         return []
-    found = _read(path)
     facts = dict(found["results"])
     facts["two_experts_over_bf16"] = facts["two_experts_peak_gib"] / (2 * facts["bf16_gib"])
     return ["## Saved models", _about(_ARTIFACT, found), _facts(facts)]
@@ -172,9 +168,8 @@ def _artifact(folder: Path) -> list[str]:
 
 def _loras(folder: Path) -> list[str]:
     parts = []
-    path = folder / "lora.json"
-    if path.exists():
-        found = _read(path)
+    found = _results(folder, "lora")
+    if found is not None:
         settings = found["settings"]
         how = _LORA.format(
             gpu=found["measured_on"]["gpu"],
@@ -182,9 +177,8 @@ def _loras(folder: Path) -> list[str]:
             ranks=" ".join(map(str, settings["ranks"])),
         )
         parts += [how, lora.table(found["results"], "github")]
-    path = folder / "lora_accuracy.json"
-    if path.exists():
-        found = _read(path)
+    found = _results(folder, "lora_accuracy")
+    if found is not None:
         how = _LORA_ERRORS.format(**found["settings"])
         parts += [how, lora_accuracy.table(found["results"], "github")]
     return ["## LoRAs", *parts] if parts else []
@@ -197,6 +191,12 @@ def _about(text: str, found: dict[str, Any]) -> str:
 def _facts(figures: dict[str, float]) -> str:
     rows = [(text, figures[name]) for name, text in _MEANING.items() if name in figures]
     return tabulate(rows, ("", ""), tablefmt="github", floatfmt=".2f")
+
+
+def _results(folder: Path, name: str) -> dict[str, Any] | None:
+    """Return the raw results of a benchmark, None where it was not run."""
+    path = folder / f"{name}.json"
+    return _read(path) if path.exists() else None
 
 
 def _read(path: Path) -> dict[str, Any]:
